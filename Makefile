@@ -1,0 +1,57 @@
+# One environment, .venv, serves every target; the first one asked for makes it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SOURCES := $(sort $(shell find csrc -name '*.[ch]*'))
+
+# Goes to the command behind demo, test, test-slow and bench: make test ARGS="-k dropout".
+ARGS ?=
+
+# A compiler is expected here, so that a failure to compile shows its errors; with 0 the package
+# installs without the kernels, as it does under plain pip.
+export FASTDEBERTA_FORCE_EXT_BUILD ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test test-slow bench lint format clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+
+env: $(INSTALLED)  ## make .venv: the pinned packages, and this one with its kernels compiled
+
+# torch comes before the package, whose kernels compile against the one that is installed.
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=..." if sys.version_info < (3, 10) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt pip setuptools wheel ninja torch
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[train,test,bench,dev]'
+	@touch $@
+
+demo: $(INSTALLED)  ## the main job on the embedded data: a few minutes on two cores
+	$(BIN)/fastdeberta demo $(ARGS)
+
+test: $(INSTALLED)  ## the tests but the slow ones
+	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+
+test-slow: $(INSTALLED)  ## the slow tests
+	$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+bench: $(INSTALLED)  ## the benchmarks
+	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+lint: $(INSTALLED)  ## ruff, ruff-format, mypy and clang-format, changing nothing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+
+format: $(INSTALLED)  ## let ruff and clang-format rewrite the code
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(SOURCES)
+
+clean:  ## remove what was built or cached, but not .venv
+	rm -rf build dist *.egg-info fastdeberta/*.so $(INSTALLED)
+	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find fastdeberta tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,93 @@
+"""The registry of backends: name -> module, and the choice between them.
+
+A backend is one module with four functions:
+
+    unavailable() -> str | None                  why it cannot be used here at all; None: it can
+    unsupported(query, params) -> str | None     why it cannot take this call; None: it can
+    forward(query, key, value, pos_key, pos_query, params) -> (out, lse)
+    backward(dout, query, key, value, pos_key, pos_query, out, lse, params)
+        -> (dquery, dkey, dvalue, dpos_key, dpos_query)
+
+query, key, value, out: packed [T, H, D]. pos_key, pos_query: [2 * span, H, D] or None (then the
+gradient is None too). lse: [H, T], float32 (float64 for float64 inputs), natural logarithm.
+Backends never import one another.
+"""
+
+from importlib import import_module
+from types import ModuleType
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..relative_position import RowTable
+
+# Each module is imported when its backend is first asked for, so that optional dependencies are.
+MODULES = {
+    "reference": "fastdeberta.backends.reference",
+}
+
+# "auto" takes the first of these that can do the call.
+PREFERENCE: tuple[str, ...] = ("reference",)
+
+
+class AttentionParams(NamedTuple):
+    """All of one call but its differentiable tensors.
+
+    cu_seqlens: int32 [B + 1], where each sequence starts; None: every sequence is max_seqlen long.
+    key_mask: bool [T], True = attend; None: attend to all.
+    rows: distance -> row of pos_key and pos_query; None: neither is given.
+    rng_state: int64 [2], seed and offset of dropout's generator; None: no dropout.
+    uniform_padding: masked query rows average all values of their sequence, instead of being zero.
+    """
+
+    cu_seqlens: Tensor | None
+    key_mask: Tensor | None
+    rows: RowTable | None
+    rng_state: Tensor | None
+    max_seqlen: int
+    causal: bool
+    dropout_p: float
+    softmax_scale: float
+    uniform_padding: bool
+
+
+def load(name: str) -> ModuleType:
+    """The module of a backend."""
+    return import_module(MODULES[name])
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every backend with the reason why it cannot be used on this machine; None = usable."""
+    return {name: load(name).unavailable() for name in MODULES}
+
+
+def choose(backend: str, query: Tensor, params: AttentionParams) -> tuple[str, dict[str, str]]:
+    """Resolves a backend's name for one call.
+
+    An explicit name is taken or refused, never replaced; "auto" takes the first that can.
+
+    Returns:
+        The name, and the reasons for which "auto" passed others over.
+
+    Raises:
+        ValueError: unknown name, or the named backend cannot take this call.
+    """
+    if backend != "auto":
+        if backend not in MODULES:
+            known = ", ".join(["auto", *MODULES])
+            raise ValueError(f"backend must be one of {known}; got {backend!r}")
+        if reason := _refusal(backend, query, params):
+            raise ValueError(f"backend {backend!r} cannot take this call: {reason}")
+        return backend, {}
+    passed_over = {}
+    for name in PREFERENCE:
+        reason = _refusal(name, query, params)
+        if reason is None:
+            return name, passed_over
+        passed_over[name] = reason
+    raise ValueError(f"no backend can take this call: {passed_over}")
+
+
+def _refusal(name: str, query: Tensor, params: AttentionParams) -> str | None:
+    module = load(name)
+    return module.unavailable() or module.unsupported(query, params)

@@ -1,0 +1,48 @@
+"""Files that are whole or not there: written under another name, then renamed."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_directory(path: str | Path) -> Iterator[Path]:
+    """Yields a fresh directory that becomes `path` when the block ends without an error.
+
+    An existing `path` is replaced as a whole; files of the old one are not kept.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    try:
+        yield fresh
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    for file in fresh.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+    if path.exists():
+        old = path.with_name(f".{path.name}.replaced-{os.getpid()}")
+        path.rename(old)
+        fresh.rename(path)
+        shutil.rmtree(old)
+    else:
+        fresh.rename(path)
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """Writes a text file (UTF-8) that is never seen half-written."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    with fresh.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    fresh.replace(path)

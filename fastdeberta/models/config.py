@@ -1,0 +1,136 @@
+"""One config for every model: the fields, names and defaults of transformers' configs."""
+
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..files import write_atomically
+
+MODEL_TYPES = ("deberta-v2", "electra")
+
+# Where a family's checkpoints, which omit defaults, mean something else than this class does.
+_FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "deberta-v2": {},
+    "electra": {
+        "vocab_size": 30522,
+        "embedding_size": 128,
+        "hidden_size": 256,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 4,
+        "intermediate_size": 1024,
+        "type_vocab_size": 2,
+        "layer_norm_eps": 1e-12,
+    },
+}
+
+
+@dataclass
+class Config:
+    """Shape and settings of one DeBERTa-v2/v3 or ELECTRA encoder and its head.
+
+    Fields mean what they mean in transformers' DebertaV2Config and ElectraConfig. Keys this class
+    does not know stay in `extra` and are written back by `save`.
+
+    Raises:
+        ValueError: an unknown model_type, or sizes that do not fit together.
+    """
+
+    model_type: str = "deberta-v2"
+    vocab_size: int = 128100
+    hidden_size: int = 1536
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 24
+    intermediate_size: int = 6144
+    embedding_size: int | None = None  # None: hidden_size
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-7
+    pad_token_id: int = 0
+    position_biased_input: bool = True
+    relative_attention: bool = False
+    max_relative_positions: int = -1  # below 1: max_position_embeddings
+    position_buckets: int = -1  # below 1: linear positions
+    pos_att_type: list[str] = field(default_factory=list)
+    share_att_key: bool = False
+    norm_rel_ebd: str = "none"
+    conv_kernel_size: int = 0  # 0: no convolution
+    conv_groups: int = 1
+    conv_act: str = "tanh"
+    pooler_dropout: float = 0.0
+    pooler_hidden_act: str = "gelu"
+    cls_dropout: float | None = None  # None: hidden_dropout_prob
+    classifier_dropout: float | None = None  # ELECTRA; None: hidden_dropout_prob
+    legacy: bool = True  # DeBERTa's MLM head: cls.predictions (True) or lm_predictions
+    id2label: dict[int, str] = field(default_factory=lambda: {0: "LABEL_0", 1: "LABEL_1"})
+    problem_type: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.model_type not in MODEL_TYPES:
+            raise ValueError(
+                f"model_type must be one of {', '.join(MODEL_TYPES)}; got {self.model_type!r}"
+            )
+        if isinstance(self.pos_att_type, str):
+            self.pos_att_type = [t.strip() for t in self.pos_att_type.split("|") if t.strip()]
+        if self.embedding_size is None:
+            self.embedding_size = self.hidden_size
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_attention_heads "
+                f"({self.num_attention_heads}), got {self.hidden_size}"
+            )
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.id2label)
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        return {label: i for i, label in self.id2label.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Config":
+        """From the keys of a transformers config.json."""
+        values = dict(values)
+        known = {f.name for f in fields(cls)} - {"extra"}
+        values = {**_FAMILY_DEFAULTS.get(values.get("model_type", ""), {}), **values}
+        if "num_labels" in values and "id2label" not in values:
+            values["id2label"] = {i: f"LABEL_{i}" for i in range(values["num_labels"])}
+        chosen = {k: v for k, v in values.items() if k in known and v is not None}
+        if "id2label" in chosen:
+            chosen["id2label"] = {int(i): label for i, label in chosen["id2label"].items()}
+        derived = known | {"num_labels", "label2id"}
+        return cls(**chosen, extra={k: v for k, v in values.items() if k not in derived})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of a config.json that transformers reads."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
+        optional = {f.name for f in fields(self) if f.default is None}
+        values = {k: v for k, v in values.items() if v is not None or k not in optional}
+        return {**self.extra, **values, "label2id": self.label2id}
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Config":
+        """From `directory`/config.json.
+
+        Raises:
+            FileNotFoundError, ValueError: no such file, or not a JSON object.
+        """
+        path = Path(directory) / "config.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from None
+        if not isinstance(values, dict) or "model_type" not in values:
+            raise ValueError(f"{path} must hold a JSON object with a model_type")
+        return cls.from_dict(values)
+
+    def save(self, directory: str | Path) -> None:
+        """Writes `directory`/config.json."""
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True)
+        write_atomically(Path(directory) / "config.json", text + "\n")
