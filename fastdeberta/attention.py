@@ -111,9 +111,9 @@ class DisentangledAttention(nn.Module):
             output_attentions: also return the probabilities; holds [B, H, L, L].
             query_states: [B, Lq, hidden], another source of queries (EMD).
             relative_pos: distances as transformers builds them, [L, L], [1, L, L], [B, L, L] or
-                [B, 1, L, L]; or a RelativePosition, which stands for the built-in distances
-                without building them. None means none for v1 and the built-in ones for v2/v3, as
-                in transformers.
+                [B, 1, L, L]; or a RelativePosition of the table's span, which stands for its
+                distances without building them. None means none for v1 and the built-in ones for
+                v2/v3, as in transformers.
             rel_embeddings: [2 * span, hidden], the table.
             cu_seqlens, max_seqlen: see `disentangled_attention`.
 
@@ -142,13 +142,13 @@ class DisentangledAttention(nn.Module):
         dropout_p = self.dropout.p if self.training else 0.0
         if fused:
             has_positions = pos_key is not None or pos_query is not None
-            context = disentangled_attention(
+            context: Any = disentangled_attention(
                 query,
                 key,
                 value,
                 pos_key,
                 pos_query,
-                relative_position=self.relative_position if has_positions else None,
+                relative_position=self._rule(relative_pos) if has_positions else None,
                 key_mask=key_mask,
                 cu_seqlens=cu_seqlens,
                 max_seqlen=max_seqlen,
@@ -169,9 +169,10 @@ class DisentangledAttention(nn.Module):
             pos_key,
             pos_query,
             rows=rows,
-            mask=_pairwise(attention_mask),
+            mask=_pairwise(attention_mask, query.size(1)),
             softmax_scale=self.softmax_scale,
             dropout_p=dropout_p,
+            padded_rows=self.padded_rows,
             mix_scores=self.head_logits_proj,
             mix_probs=self.head_weights_proj,
         )
@@ -207,8 +208,15 @@ class DisentangledAttention(nn.Module):
         if self.is_v1 and (rel_embeddings is None or relative_pos is None):
             return None, None
         if rel_embeddings is None:
-            raise ValueError("rel_embeddings must be the relative table [2 * span, hidden], got None")
+            raise ValueError(
+                "rel_embeddings must be the relative table [2 * span, hidden], got None"
+            )
         rows = 2 * self.relative_position.span
+        if self._rule(relative_pos).span != self.relative_position.span:
+            raise ValueError(
+                f"relative_pos must have the table's span {self.relative_position.span}, "
+                f"got {relative_pos}"
+            )
         if rel_embeddings.dim() != 2 or rel_embeddings.size(0) < rows:
             raise ValueError(
                 f"rel_embeddings must be [2 * span = {rows}, hidden], "
@@ -222,7 +230,12 @@ class DisentangledAttention(nn.Module):
             pos_query = self._heads(self._position_projections()[1](table))
         return pos_key, pos_query
 
-    def _position_projections(self) -> tuple[nn.Module | None, nn.Module | None]:
+    def _rule(self, relative_pos: Tensor | RelativePosition | None) -> RelativePosition:
+        return (
+            relative_pos if isinstance(relative_pos, RelativePosition) else self.relative_position
+        )
+
+    def _position_projections(self) -> tuple[Any, Any]:
         if self.is_v1:
             names = ("pos_proj", "pos_q_proj")
         elif self.share_att_key:
@@ -254,7 +267,7 @@ class DisentangledAttention(nn.Module):
             return True, mask.bool()
         if torch.compiler.is_compiling():
             return False, None
-        pairs = _pairwise(mask)
+        pairs = _pairwise(mask, query.size(1))
         assert pairs is not None
         if pairs.shape[-3:] != (1, query.size(1), key.size(1)):
             return False, None
@@ -276,7 +289,7 @@ class DisentangledAttention(nn.Module):
                 torch.arange(query_len, device=device)[:, None]
                 - torch.arange(key_len, device=device)[None, :]
             )
-            rows = self.relative_position.row(distance)[None, None]
+            rows = self._rule(relative_pos).row(distance)[None, None]
             return rows, rows
         if relative_pos.dim() not in (2, 3, 4):
             raise ValueError(
@@ -285,11 +298,14 @@ class DisentangledAttention(nn.Module):
         relative_pos = relative_pos.long().to(device)
         while relative_pos.dim() < 4:
             relative_pos = relative_pos.unsqueeze(0 if relative_pos.dim() == 2 else 1)
-        c2p = (relative_pos + span).clamp(0, 2 * span - 1)
+        # v1 cuts its table to the sequence first, which a caller's longer distances can tell.
+        reach = min(span, max(query_len, key_len)) if self.is_v1 else span
+        c2p = relative_pos.clamp(-reach, reach - 1) + span
         if query_len != key_len:
             return c2p, c2p
         # p2c reads the distance from key to query; only an antisymmetric matrix makes it c2p's row.
-        return c2p, (span - relative_pos.transpose(-1, -2)).clamp(0, 2 * span - 1)
+        p2c = -relative_pos.transpose(-1, -2)
+        return c2p, p2c.clamp(-reach, reach - 1) + span
 
 
 def composed_attention(
@@ -303,6 +319,7 @@ def composed_attention(
     mask: Tensor | None,
     softmax_scale: float,
     dropout_p: float = 0.0,
+    padded_rows: str = "uniform",
     mix_scores: nn.Module | None = None,
     mix_probs: nn.Module | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -311,14 +328,16 @@ def composed_attention(
     Args:
         query: [B, Lq, H, D]. key, value: [B, Lk, H, D]. pos_key, pos_query: [R, H, D] or None.
         rows: int64 rows of the c2p and p2c terms, each broadcastable to [B, 1, Lq, Lk].
-        mask: bool, broadcastable to [B, H, Lq, Lk], True = attend; a row without any True is
-            uniform over its keys, as in transformers.
+        mask: bool, broadcastable to [B, H, Lq, Lk], True = attend.
+        padded_rows: what a row without any True becomes: "uniform" over its keys, as in
+            transformers, or "zeros".
         mix_scores, mix_probs: linear maps over the head axis (talking heads, v1).
 
     Returns:
         context [B, Lq, H, D] and, after dropout, probabilities [B, H, Lq, Lk].
     """
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    # Scaled before the products: float16 could not hold the sums.
+    q, k, v = (x.transpose(1, 2) for x in (query * softmax_scale, key, value))
     scores = q @ k.transpose(-1, -2)
     if rows is not None:
         size = scores.shape
@@ -326,14 +345,16 @@ def composed_attention(
             c2p = q @ pos_key.permute(1, 2, 0)  # [B, H, Lq, R]
             scores = scores + c2p.gather(-1, rows[0].expand(size))
         if pos_query is not None:
-            p2c = pos_query.transpose(0, 1) @ k.transpose(-1, -2)  # [B, H, R, Lk]
+            p2c = (pos_query * softmax_scale).transpose(0, 1) @ k.transpose(-1, -2)  # [B, H, R, Lk]
             scores = scores + p2c.gather(-2, rows[1].expand(size))
-    scores = scores * softmax_scale
     if mix_scores is not None:
         scores = mix_scores(scores.movedim(1, -1)).movedim(-1, 1)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    probs = nn.functional.dropout(scores.softmax(-1), dropout_p, training=dropout_p > 0)
+    probs = scores.softmax(-1)
+    if mask is not None and padded_rows == "zeros":
+        probs = probs.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    probs = nn.functional.dropout(probs, dropout_p, training=dropout_p > 0)
     if mix_probs is not None:
         probs = mix_probs(probs.movedim(1, -1)).movedim(-1, 1)
     return (probs @ v).transpose(1, 2), probs
@@ -351,13 +372,15 @@ def _pos_att_type(config: Any) -> list[str]:
     return terms
 
 
-def _pairwise(mask: Tensor | None) -> Tensor | None:
+def _pairwise(mask: Tensor | None, query_len: int) -> Tensor | None:
     """Any form of attention_mask as bool [B, 1, Lq or 1, Lk]."""
     if mask is None:
         return None
     mask = mask.bool()
     if mask.dim() == 2:
-        mask = mask[:, None, :] & mask[:, :, None]
+        keys = mask[:, None, :]
+        # Queries of another length are other tokens, of which the mask says nothing.
+        mask = keys & mask[:, :, None] if mask.size(1) == query_len else keys
     if mask.dim() == 3:
         mask = mask[:, None]
     if mask.dim() != 4:

@@ -1,12 +1,12 @@
 """The compiled libraries: where they are, and why one is not there."""
 
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(name: str) -> str | None:
     """Loads `_C` (CPU) or `_C_cuda` once; returns None, or the reason why it cannot be used."""
     found = sorted(Path(__file__).parent.glob(f"{name}.*so"))

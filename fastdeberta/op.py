@@ -6,6 +6,7 @@ backend's name as last argument; the backend does the work.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -274,7 +275,7 @@ def explain(
 
 @dataclass(frozen=True)
 class _Call:
-    tensors: tuple[Tensor | None, ...]  # query, key, value [T, H, D], pos_key, pos_query
+    tensors: tuple[Any, ...]  # query, key, value [T, H, D]; pos_key, pos_query, or None
     params: AttentionParams
     position_rule: list[int] | None
 
@@ -295,7 +296,7 @@ def _prepare(
     padded_rows,
 ) -> _Call:
     """Validates, applies autocast and defaults, and flattens to packed [T, H, D]."""
-    tensors = (query, key, value, pos_key, pos_query)
+    tensors: tuple[Any, ...] = (query, key, value, pos_key, pos_query)
     _check_types(tensors)
     if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -419,7 +420,9 @@ def _check_cu_seqlens(cu_seqlens, max_seqlen, query) -> int:
         )
     longest = int(lengths.max())
     if max_seqlen is not None and max_seqlen < longest:
-        raise ValueError(f"max_seqlen must be at least the longest sequence, {longest}; got {max_seqlen}")
+        raise ValueError(
+            f"max_seqlen must be at least the longest sequence, {longest}; got {max_seqlen}"
+        )
     return longest if max_seqlen is None else max_seqlen
 
 
@@ -430,8 +433,8 @@ def _check_key_mask(key_mask, query) -> None:
     expected = query.shape[:-2]
     if key_mask.shape != expected:
         name = "[B, L]" if len(expected) == 2 else "[T]"
-        raise ValueError(
-            f"key_mask must be {name} = {list(expected)}, got {list(key_mask.shape)}"
-        )
+        raise ValueError(f"key_mask must be {name} = {list(expected)}, got {list(key_mask.shape)}")
     if key_mask.device != query.device:
-        raise ValueError(f"key_mask must be on query's device {query.device}, got {key_mask.device}")
+        raise ValueError(
+            f"key_mask must be on query's device {query.device}, got {key_mask.device}"
+        )

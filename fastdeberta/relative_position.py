@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class RowTable(NamedTuple):
-    """The rows of every distance that has a row of its own; beyond either end the row stays constant.
+    """Rows of the distances between saturation and saturation; beyond either, the row is constant.
 
     rows: int32 [last - first + 1]; rows[x - first] is the table row of distance x.
     first, last: the saturation distances. x < first reads rows[0], x > last reads rows[-1].

@@ -1,3 +1,4 @@
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -31,10 +32,11 @@ def registry(monkeypatch):
         ),
         "reference": reference,
     }
-    monkeypatch.setattr(backends, "MODULES", dict.fromkeys(modules, ""))
+    monkeypatch.setattr(backends, "MODULES", {name: f"registry.{name}" for name in modules})
     monkeypatch.setattr(backends, "PREFERENCE", tuple(modules))
-    monkeypatch.setattr(backends, "load", modules.__getitem__)
-    return SimpleNamespace(calls=calls, modules=modules)
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, f"registry.{name}", module)
+    return SimpleNamespace(calls=calls)
 
 
 def test_every_backend_says_whether_it_can_be_used():

@@ -13,10 +13,12 @@ gradient is None too). lse: [H, T], float32 (float64 for float64 inputs), natura
 Backends never import one another.
 """
 
+import sys
 from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..relative_position import RowTable
@@ -79,7 +81,7 @@ def choose(backend: str, query: Tensor, params: AttentionParams) -> tuple[str, d
         if reason := _refusal(backend, query, params):
             raise ValueError(f"backend {backend!r} cannot take this call: {reason}")
         return backend, {}
-    passed_over = {}
+    passed_over: dict[str, str] = {}
     for name in PREFERENCE:
         reason = _refusal(name, query, params)
         if reason is None:
@@ -89,5 +91,10 @@ def choose(backend: str, query: Tensor, params: AttentionParams) -> tuple[str, d
 
 
 def _refusal(name: str, query: Tensor, params: AttentionParams) -> str | None:
-    module = load(name)
-    return module.unavailable() or module.unsupported(query, params)
+    # torch.compile traces a look-up in sys.modules, but no import.
+    return _unavailable(name) or sys.modules[MODULES[name]].unsupported(query, params)
+
+
+@torch.compiler.assume_constant_result
+def _unavailable(name: str) -> str | None:
+    return load(name).unavailable()

@@ -91,9 +91,7 @@ class _Positions:
         """sign: +1 if columns run by distance i - j (p2c), -1 if by j - i (c2p)."""
         assert params.rows is not None
         reach = params.max_seqlen - 1
-        self.rows = params.rows.lookup(
-            torch.arange(-reach, reach + 1, device=table.device) * sign
-        )
+        self.rows = params.rows.lookup(torch.arange(-reach, reach + 1, device=table.device) * sign)
         self.count = table.size(0)
         self.dtype = table.dtype
         self.table = table.to(_compute_dtype(table))[self.rows].transpose(0, 1)  # [H, 2L - 1, D]
@@ -147,7 +145,7 @@ def _uniform_rows(probs: Tensor, grid: _Grid) -> Tensor:
     else:
         position = torch.arange(grid.length, device=probs.device)
         inside = position < grid.lengths[:, None]
-        average = (inside / grid.lengths.clamp(min=1)[:, None]).to(probs.dtype)[:, None, :]
+        average = (inside.to(probs.dtype) / grid.lengths.clamp(min=1)[:, None])[:, None, :]
     return torch.where(grid.valid[:, :, None], probs, average)
 
 
@@ -210,8 +208,14 @@ def backward(
     grid, heads = _grid(query, params), query.size(1)
     q, k, v, do = grid.spread(query), grid.spread(key), grid.spread(value), grid.spread(dout)
     if query.numel() == 0:
-        tables = [None if p is None else torch.zeros_like(p) for p in (pos_key, pos_query)]
-        return (*(torch.empty_like(x).contiguous() for x in (query, key, value)), *tables)
+        dpos_key, dpos_query = (
+            None if table is None else torch.zeros_like(table) for table in (pos_key, pos_query)
+        )
+        return (
+            *(torch.zeros_like(x).contiguous() for x in (query, key, value)),
+            dpos_key,
+            dpos_query,
+        )
 
     c2p, p2c = _position_terms(pos_key, pos_query, params)
     scores = _scores(q, k, c2p, p2c).mul_(params.softmax_scale)

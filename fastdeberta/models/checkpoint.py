@@ -54,7 +54,7 @@ def from_pretrained(
 
 
 def load(model: Model, directory: str | Path, allow_new_head: bool = False) -> None:
-    """Loads the weights of `directory` into `model`; all of it, or an error (see from_pretrained)."""
+    """Loads the weights of `directory` into `model`, all of them or none; see from_pretrained."""
     family, table = _table(model)
     tensors = read_weights(directory)
     renamed = {_rename(_with_prefix(key, family), table, back=True): key for key in tensors}
@@ -106,7 +106,9 @@ def write_model(model: Model, directory: Path) -> None:
     from safetensors.torch import save_file
 
     family, table = _table(model)
-    tensors = {_rename(k, table): v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    tensors = {
+        _rename(k, table): v.detach().cpu().contiguous() for k, v in model.state_dict().items()
+    }
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     architecture = family.ARCHITECTURES.get(model.head_name)
     values = model.config.to_dict()
@@ -196,7 +198,6 @@ def _with_prefix(key: str, family: ModuleType) -> str:
     prefix = family.KEYS["base"][-1][1]
     bare = key.startswith(("embeddings.", "encoder.", "embeddings_project."))
     return prefix + key if bare else key
-
 
 
 def _some(keys: list[str], shown: int = 3) -> str:

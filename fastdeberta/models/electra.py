@@ -33,8 +33,14 @@ KEYS: dict[str, list[tuple[str, str]]] = {
 INNER_KEYS = _ATTENTION
 
 # What a checkpoint may carry beside one model: other heads.
-OTHER_KEYS = ("generator_predictions.", "generator_lm_head.", "discriminator_predictions.",
-              "classifier.", "qa_outputs.", "sequence_summary.")
+OTHER_KEYS = (
+    "generator_predictions.",
+    "generator_lm_head.",
+    "discriminator_predictions.",
+    "classifier.",
+    "qa_outputs.",
+    "sequence_summary.",
+)
 
 ARCHITECTURES = {
     "base": "ElectraModel",

@@ -244,9 +244,8 @@ class Backbone(nn.Module):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if input_ids is not None and input_ids.device.type == "cpu" and input_ids.numel():
-            if not torch.compiler.is_compiling():
-                _check_ids(input_ids, self.config.vocab_size)
+        if input_ids is not None:
+            _check_ids(input_ids, self.config.vocab_size)
         if cu_seqlens is not None and position_ids is None and input_ids is not None:
             position_ids = _packed_positions(input_ids, cu_seqlens)
         x = self.embeddings(input_ids, token_type_ids, position_ids, attention_mask, inputs_embeds)
@@ -254,6 +253,9 @@ class Backbone(nn.Module):
 
 
 def _check_ids(input_ids: Tensor, vocab_size: int) -> None:
+    """Only where reading the ids costs nothing: on the CPU, outside of compiled code."""
+    if torch.compiler.is_compiling() or input_ids.device.type != "cpu" or not input_ids.numel():
+        return
     low, high = torch.aminmax(input_ids)
     if low < 0 or high >= vocab_size:
         raise ValueError(

@@ -153,7 +153,9 @@ class Pair(nn.Module):
         """The two losses of one batch as sums and counts (ELECTRA, section 3.1)."""
         chosen = output.masked.chosen.float()
         mlm = nn.functional.cross_entropy(
-            output.mlm_logits.float().flatten(0, 1), output.masked.original.flatten(), reduction="none"
+            output.mlm_logits.float().flatten(0, 1),
+            output.masked.original.flatten(),
+            reduction="none",
         )
         scored = output.scored.float()
         rtd = nn.functional.binary_cross_entropy_with_logits(

@@ -1,5 +1,6 @@
 """Text in, training rows out: corpora, tokenizers, packing."""
 
+import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,6 @@ from ..files import write_atomically
 PAD, CLS, SEP, UNK, MASK = SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]")
 TOKENIZER = "tokenizer.json"
 EMBEDDED = "wiki-leads"
-KINDS = ("unigram", "wordpiece")
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -95,44 +95,50 @@ def split(documents: Sequence, held_out: float, seed: int = 0) -> tuple[list, li
     return [documents[i] for i in order[count:]], [documents[i] for i in order[:count]]
 
 
-def train_tokenizer(
-    documents: Iterable[str], vocab_size: int, kind: str = "unigram", lowercase: bool = False
-):
-    """Trains a tokenizer; special tokens get ids 0 to 4: [PAD] [CLS] [SEP] [UNK] [MASK].
+def train_tokenizer(documents: Iterable[str], vocab_size: int, lowercase: bool = False):
+    """Trains a SentencePiece unigram tokenizer, the kind of DeBERTa v2 and v3.
 
-    Args:
-        kind: "unigram" (SentencePiece's, DeBERTa v2 and v3) or "wordpiece" (ELECTRA).
+    Special tokens get ids 0 to 4: [PAD] [CLS] [SEP] [UNK] [MASK]. The same documents give the
+    same tokenizer. A small text may yield fewer than vocab_size tokens.
 
     Returns:
         tokenizers.Tokenizer, which frames pairs as [CLS] A [SEP] B [SEP].
     """
-    from tokenizers import Tokenizer
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+    import sentencepiece
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    if kind not in KINDS:
-        raise ValueError(f"tokenizer_kind must be one of {', '.join(KINDS)}; got {kind!r}")
     if vocab_size < 100:
         raise ValueError(f"vocab_size must be at least 100, got {vocab_size}")
-    special = list(SPECIAL_TOKENS)
-    if kind == "unigram":
-        tokenizer = Tokenizer(models.Unigram())
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()]
-        )
-        tokenizer.decoder = decoders.Metaspace()
-        trainer = trainers.UnigramTrainer(
-            vocab_size=vocab_size, special_tokens=special, unk_token=UNK, show_progress=False
-        )
-    else:
-        tokenizer = Tokenizer(models.WordPiece(unk_token=UNK))
-        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        tokenizer.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(
-            vocab_size=vocab_size, special_tokens=special, show_progress=False
-        )
-    steps = [normalizers.NFKC()] + ([normalizers.Lowercase()] if lowercase else [])
-    tokenizer.normalizer = normalizers.Sequence(steps)
-    tokenizer.train_from_iterator(documents, trainer)
+    steps = [normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    normalizer = normalizers.Sequence(steps + ([normalizers.Lowercase()] if lowercase else []))
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(normalizer.normalize_str(text) for text in documents),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        seed_sentencepiece_size=20 * vocab_size,
+        normalization_rule_name="identity",
+        max_sentence_length=1 << 20,
+        num_threads=2,  # The result depends on it.
+        minloglevel=2,
+        **{
+            f"{name}_{field}": value
+            for i, (name, token) in enumerate(
+                zip(("pad", "bos", "eos", "unk"), SPECIAL_TOKENS, strict=False)
+            )
+            for field, value in (("id", i), ("piece", token))
+        },
+        user_defined_symbols=[MASK],
+    )
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    vocab = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(len(pieces))]
+    tokenizer = Tokenizer(models.Unigram(vocab, unk_id=pieces.unk_id()))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     frame(tokenizer)
     return tokenizer
 

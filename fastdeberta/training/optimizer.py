@@ -4,21 +4,29 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .settings import TrainSettings
 
 
 def parameter_groups(
-    parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float
+    parameters: Iterable[nn.Parameter],
+    learning_rate: float,
+    weight_decay: float,
+    network: str = "model",
 ) -> list[dict[str, Any]]:
-    """Two groups: matrices with weight decay; biases, LayerNorm and other vectors without."""
+    """Two groups: matrices with weight decay; biases, LayerNorm and other vectors without.
+
+    Gradients are clipped to one norm for each `network`, so that one network's loss weight does
+    not shrink another's steps.
+    """
     parameters = [p for p in parameters if p.requires_grad]
     decayed = [p for p in parameters if p.dim() > 1]
     plain = [p for p in parameters if p.dim() <= 1]
+    common = {"peak_lr": learning_rate, "network": network}
     return [
-        {"params": decayed, "peak_lr": learning_rate, "weight_decay": weight_decay},
-        {"params": plain, "peak_lr": learning_rate, "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": weight_decay, **common},
+        {"params": plain, "weight_decay": 0.0, **common},
     ]
 
 
@@ -33,7 +41,17 @@ def make_optimizer(groups: list[dict[str, Any]], settings: TrainSettings) -> tor
     )
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, settings: TrainSettings) -> float:
+def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> dict[str, Tensor]:
+    """Clips each network's gradients to max_norm; returns the norms they had."""
+    networks: dict[str, list[Tensor]] = {}
+    for group in optimizer.param_groups:
+        networks.setdefault(group["network"], []).extend(group["params"])
+    return {name: nn.utils.clip_grad_norm_(ps, max_norm) for name, ps in networks.items()}
+
+
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, step: int, settings: TrainSettings
+) -> float:
     """Sets every group's rate for `step` (from 0); returns the fraction of the peak."""
     fraction = learning_rate_fraction(step, settings.warmup_steps, settings.steps)
     for group in optimizer.param_groups:

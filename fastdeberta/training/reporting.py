@@ -104,8 +104,7 @@ class PlainProgress:
         rate = (step - self._first) / max(now - self._started, 1e-9)
         left = (self._steps - step) / max(rate, 1e-9)
         self.say(
-            f"{self._title} {step}/{self._steps}  {rate:.1f} steps/s  "
-            f"{_clock(left)} left  {note}"
+            f"{self._title} {step}/{self._steps}  {rate:.1f} steps/s  {_clock(left)} left  {note}"
         )
 
     def say(self, line: str) -> None:
@@ -119,8 +118,13 @@ class BarProgress:
     """A rich progress bar: step, rate, time left, loss."""
 
     def start(self, title: str, step: int, steps: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-        from rich.progress import TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         self._bar = Progress(
             TextColumn("{task.description}"),

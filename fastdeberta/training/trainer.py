@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..files import write_atomically
 from . import checkpoint
-from .optimizer import make_optimizer, set_learning_rate
+from .optimizer import clip_gradients, make_optimizer, set_learning_rate
 from .reporting import Events, MetricsFile, NoProgress, Progress
 from .settings import TrainSettings, load_yaml, to_yaml
 
@@ -136,6 +136,13 @@ class Trainer:
             "tokens_per_second": round(self.tokens_seen / max(self.seconds, 1e-9)),
         }
 
+    def measure(self, steps: int) -> float:
+        """Seconds a step, over a few real steps; what they change is not saved."""
+        started = self.seconds
+        for _ in range(steps):
+            self._train_step()
+        return (self.seconds - started) / steps
+
     def _start_or_resume(self) -> None:
         resolved = to_yaml(self.settings)
         saved = checkpoint.checkpoints(self.output)
@@ -169,16 +176,18 @@ class Trainer:
         with self._autocast():
             loss, values = self.task.loss(batch)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+        norms = clip_gradients(self.optimizer, self.settings.max_grad_norm)
         set_learning_rate(self.optimizer, self.step, self.settings)
-        values = {"loss": loss, "grad_norm": norm, **values}
-        numbers = {name: float(value) for name, value in values.items()}
-        if not math.isfinite(numbers["loss"]) or not math.isfinite(numbers["grad_norm"]):
+        values = {"loss": loss, **values}
+        values |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
+        numbers = {name: value.item() for name, value in values.items()}
+        if not all(map(math.isfinite, numbers.values())):
             kept = checkpoint.checkpoints(self.output)
-            where = f"the last checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
+            where = (
+                f"the last checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
+            )
             raise Diverged(
-                f"step {self.step + 1}: loss {numbers['loss']}, gradient norm "
-                f"{numbers['grad_norm']}; a lower learning_rate may help; {where}"
+                f"step {self.step + 1}: {numbers}; a lower learning_rate may help; {where}"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -243,7 +252,7 @@ class Trainer:
                 raise KeyboardInterrupt
             self._stop = number
 
-        handlers = {}
+        handlers: dict[int, Any] = {}
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 handlers[number] = signal.signal(number, handle)

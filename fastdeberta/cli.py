@@ -1,0 +1,130 @@
+"""fastdeberta <command>. Exit status: 0 success, 2 wrong usage or bad input, 1 failure."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import typer
+except ImportError:
+    sys.exit("fastdeberta: the command line needs more packages: pip install 'fastdeberta[train]'")
+
+app = typer.Typer(
+    name="fastdeberta",
+    help="DeBERTa and ELECTRA on fused disentangled attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")]
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
+    """Versions, devices, backends with reasons, build flags."""
+    from .info import collect, render
+
+    values = collect()
+    print(json.dumps(values, indent=2) if as_json else render(values))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="where to write the report and the models")] = Path(
+        "runs/demo"
+    ),
+    minutes: Annotated[float, typer.Option(help="time for the whole demo")] = 10.0,
+    seed: Annotated[int, typer.Option(help="of everything random")] = 0,
+) -> None:
+    """The main job on the embedded text: parity, pre-training, fine-tuning, a report."""
+    from .demo import run
+
+    run(out, minutes, seed)
+
+
+@app.command()
+def pretrain(
+    config: Annotated[Path, typer.Argument(help="YAML file; see README")],
+    overrides: Overrides = None,
+) -> None:
+    """Pre-trains a generator and a discriminator on text; continues an interrupted run."""
+    from .pretraining.rtd import pretrain as run
+    from .pretraining.settings import PretrainSettings
+    from .training.reporting import default_progress
+    from .training.settings import apply_overrides, build, load_yaml
+
+    settings = build(PretrainSettings, apply_overrides(load_yaml(config), overrides or []))
+    result = run(settings, default_progress())
+    _summary(result, settings.output)
+
+
+@app.command()
+def finetune(
+    model: Annotated[str, typer.Option(help="directory or hub id of the checkpoint")],
+    data_dir: Annotated[
+        Path, typer.Option(help="directory with train and dev as .jsonl, .tsv or .csv")
+    ],
+    task: Annotated[str, typer.Option(help="what to fine-tune for")] = "classification",
+    overrides: Overrides = None,
+) -> None:
+    """Fine-tunes a checkpoint on labelled text and scores it."""
+    from .finetuning.classification import FinetuneSettings
+    from .finetuning.classification import finetune as run
+    from .training.reporting import default_progress
+    from .training.settings import apply_overrides, build
+
+    if task != "classification":
+        raise ValueError(f"task must be 'classification', got {task!r}")
+    values: dict[str, Any] = {
+        "model": model,
+        "train_file": str(_split_file(data_dir, "train")),
+        "dev_file": str(_split_file(data_dir, "dev")),
+    }
+    settings = build(FinetuneSettings, apply_overrides(values, overrides or []))
+    result = run(settings, default_progress())
+    _summary(result, settings.output)
+
+
+def _split_file(directory: Path, name: str) -> Path:
+    candidates = [directory / f"{name}{ending}" for ending in (".jsonl", ".tsv", ".csv")]
+    for path in candidates:
+        if path.exists():
+            return path
+    raise FileNotFoundError(f"data-dir: none of {', '.join(map(str, candidates))} exists")
+
+
+def _summary(result: dict[str, Any], output: str) -> None:
+    for name, value in result.items():
+        if isinstance(value, float):
+            print(f"{name}: {value:.4g}")
+        elif isinstance(value, int):
+            print(f"{name}: {value}")
+    print(f"written: {output}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The console script. --debug, anywhere, shows tracebacks."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        app(arguments, prog_name="fastdeberta")  # Exits with 0, or 2 on wrong usage.
+    except KeyboardInterrupt:
+        sys.exit(_failed("interrupted", 1))
+    except Exception as error:
+        if debug:
+            raise
+        from .training.trainer import Diverged, Interrupted
+
+        if isinstance(error, (Interrupted, Diverged)):
+            sys.exit(_failed(str(error), 1))
+        if isinstance(error, (ValueError, TypeError, FileNotFoundError)):
+            sys.exit(_failed(str(error), 2))
+        sys.exit(_failed(f"{type(error).__name__}: {error} (--debug shows where)", 1))
+
+
+def _failed(message: str, status: int) -> int:
+    print("fastdeberta: " + " ".join(message.split()), file=sys.stderr)
+    return status

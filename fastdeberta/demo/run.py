@@ -1,0 +1,285 @@
+"""The demo's course: compare, pre-train, fine-tune with a control, report."""
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..datasets import wiki_leads
+from ..files import write_atomically
+from ..finetuning.classification import FinetuneSettings, SequenceClassification
+from ..finetuning.data import Encoded, Example, encode
+from ..info import collect, render
+from ..models import Config, Model, from_pretrained
+from ..pretraining import text
+from ..pretraining.rtd import ReplacedTokenDetection, baselines, load_corpus
+from ..pretraining.settings import PretrainSettings
+from ..training.reporting import default_progress, read_metrics
+from ..training.trainer import Task, Trainer
+from . import attention
+from .report import write_report
+
+HELD_OUT = 0.1
+FEW = 500  # labelled topics of the second comparison
+
+
+def run(out: Path, minutes: float, seed: int = 0) -> dict[str, Any]:
+    """Runs the demo in about `minutes`; leaves report.html, metrics.json and models in `out`.
+
+    Raises:
+        ValueError: minutes is not positive, or `out` holds another demo's unfinished run.
+    """
+    if not minutes > 0:
+        raise ValueError(f"minutes must be positive, got {minutes}")
+    console = Console(highlight=False)
+    started = time.monotonic()
+    deadline = started + 60 * minutes
+    out.mkdir(parents=True, exist_ok=True)
+
+    def section(title: str) -> None:
+        console.print(f"\n[bold]{title}[/bold]  ({(time.monotonic() - started) / 60:.1f} min)")
+
+    section("This installation")
+    installation = collect()
+    console.print(render(installation), markup=False)
+
+    section("Attention: transformers' eager code and ours")
+    rows, reason = [], None
+    try:
+        rows = attention.compare(min(10.0, 3 * minutes))
+        console.print(_attention_table(rows))
+    except ImportError as error:
+        reason = f"left out: {error}"
+        console.print(reason)
+
+    section("Pre-training: replaced token detection on 9/10 of the embedded text")
+    settings = pretrain_settings(out, seed)
+    corpus = load_corpus(settings)
+    budget = 0.72 * (deadline - time.monotonic())
+    settings.steps = _steps_in(ReplacedTokenDetection(settings, corpus), settings, budget)
+    settings.warmup_steps = max(10, min(500, settings.steps // 20))
+    settings.evaluate_every = max(1, settings.steps // 10)
+    settings.checkpoint_every = max(1, settings.steps // 4)
+    task = ReplacedTokenDetection(settings, corpus)
+    console.print(
+        f"{len(corpus.train)} rows of {settings.sequence_length} tokens; {settings.steps} steps; "
+        f"discriminator {task.pair.discriminator.num_parameters() / 1e6:.2f}M parameters, "
+        f"generator {task.pair.generator.num_parameters() / 1e6:.2f}M"
+    )
+    pretraining = Trainer(task, settings, default_progress()).run()
+    task.export(out / "pretrain")
+    special = [text.special_id(corpus.tokenizer, t) for t in text.SPECIAL_TOKENS]
+    base = baselines(corpus, special)
+    console.print(_pretraining_table(pretraining, base))
+
+    section(f"Fine-tuning on the topics of {1 - HELD_OUT:.0%}, scored on the other {HELD_OUT:.0%}")
+    topics = _Topics(corpus.tokenizer, seed)
+    left = deadline - time.monotonic()
+    finetuning = topics.compare(out, out / "pretrain" / "discriminator", 0.25 * left, None)
+    few = topics.compare(out, out / "pretrain" / "discriminator", 0.06 * left, FEW)
+    console.print(_topics_table(finetuning, few))
+
+    section("Report")
+    curves = read_metrics(out / "pretrain" / "metrics.jsonl")
+    results = {
+        "minutes": round((time.monotonic() - started) / 60, 2),
+        "seed": seed,
+        "installation": installation,
+        "attention": rows or reason,
+        "pretraining": {**pretraining, "baseline": base, "settings": vars(settings)},
+        "topics": finetuning,
+        f"topics_{FEW}": few,
+        "topic_names": topics.names,
+    }
+    write_atomically(out / "metrics.json", json.dumps(results, indent=2) + "\n")
+    write_report(out / "report.html", results, curves)
+    console.print(f"written: {out / 'report.html'}, {out / 'metrics.json'}")
+    return results
+
+
+def pretrain_settings(out: Path, seed: int) -> PretrainSettings:
+    """The recipe: a small DeBERTaV3, GDES, and a discriminator slower than its generator."""
+    return PretrainSettings(
+        output=str(out / "pretrain"),
+        held_out=HELD_OUT,
+        seed=seed,
+        lowercase=True,
+        vocab_size=4096,
+        sequence_length=64,
+        batch_size=16,
+        precision="bf16",
+        tie="gdes",
+        rtd_weight=20.0,
+        learning_rate=5e-4,
+        generator_learning_rate=2e-3,
+        epsilon=1e-8,
+        log_every=20,
+        keep_checkpoints=1,
+        discriminator={
+            "hidden_size": 128,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "intermediate_size": 512,
+            "position_buckets": 32,
+            "max_relative_positions": 64,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            # 0.02 belongs to widths of 768 and more; narrow layers start too flat with it.
+            "initializer_range": 0.06,
+        },
+        generator={"num_hidden_layers": 2},
+    )
+
+
+def _steps_in(task: Task, settings: Any, seconds: float) -> int:
+    """How many steps of a task fit into a time; the task is used up."""
+    trainer = Trainer(task, settings)
+    trainer.measure(3)
+    return max(20, int(seconds / trainer.measure(12)))
+
+
+class _Topics:
+    """The topic classification: data, and the comparison of pre-trained and fresh models."""
+
+    def __init__(self, tokenizer: Any, seed: int):
+        self.tokenizer, self.seed = tokenizer, seed
+        # The split is that of pre-training: a test article was not read there either.
+        rest, test = text.split(wiki_leads(), HELD_OUT, seed)
+        train, test = (
+            [Example(a.text, None, a.topic) for a in part if a.topic != "Uncategorized"]
+            for part in (rest, test)
+        )
+        self.names = sorted({example.label for example in train if example.label})
+        self.train = encode(tokenizer, train, self.names, 128, "train")
+        self.test = encode(tokenizer, test, self.names, 128, "test")
+
+    def compare(
+        self, out: Path, checkpoint: Path, seconds: float, labelled: int | None
+    ) -> dict[str, Any]:
+        """Fine-tunes the pre-trained model and, as its control, the same model from random
+        weights, each for half of `seconds` (with few labels: for each of three seeds)."""
+        train = self.train if labelled is None else _first(self.train, labelled)
+        seeds = [self.seed] if labelled is None else [self.seed + i for i in range(3)]
+        seconds /= 2 * len(seeds)
+        config = Config.load(checkpoint)
+        results: dict[str, Any] = {"labelled": len(train.ids)}
+        steps = None
+        for name in ("pretrained", "control"):
+            runs = []
+            for seed in seeds:
+                settings = self._settings(out / f"topics-{len(train.ids)}" / f"{name}-{seed}", seed)
+
+                def task(name: str = name, settings: FinetuneSettings = settings) -> Any:
+                    torch.manual_seed(settings.seed)
+                    model = self._model(name, checkpoint, config)
+                    return SequenceClassification(model, settings, train, self.test, self.tokenizer)
+
+                if steps is None:  # The same number for both.
+                    steps = _steps_in(task(), settings, seconds)
+                settings.steps, settings.warmup_steps = steps, steps // 10
+                run = task()
+                Trainer(run, settings, default_progress()).run()
+                runs.append(run.scores())
+            results[name] = {
+                "accuracy": statistics.mean(r["accuracy"] for r in runs),
+                "macro_f1": statistics.mean(r["macro_f1"] for r in runs),
+                "accuracies": [r["accuracy"] for r in runs],
+                "confusion": runs[0]["confusion"],
+            }
+            results["majority"] = runs[0]["majority"]
+        results["steps"] = steps
+        return results
+
+    def _settings(self, output: Path, seed: int) -> FinetuneSettings:
+        return FinetuneSettings(
+            output=str(output),
+            seed=seed,
+            batch_size=32,
+            learning_rate=1e-3,
+            epsilon=1e-8,
+            precision="bf16",
+            evaluate_every=0,
+            checkpoint_every=0,
+        )
+
+    def _model(self, name: str, checkpoint: Path, config: Config) -> Model:
+        changes: dict[str, Any] = {
+            "id2label": dict(enumerate(self.names)),
+            "hidden_dropout_prob": 0.1,
+            "attention_probs_dropout_prob": 0.1,
+        }
+        if name == "pretrained":
+            return from_pretrained(checkpoint, "sequence", allow_new_head=True, **changes)
+        values = {**config.to_dict(), **changes}
+        values.pop("label2id")
+        return Model(Config.from_dict(values), "sequence")
+
+
+def _first(encoded: Encoded, count: int) -> Encoded:
+    return Encoded(encoded.ids[:count], encoded.types[:count], encoded.labels[:count])
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    return table
+
+
+def _attention_table(rows: list[dict[str, float]]) -> Table:
+    table = _table(
+        "one layer of v3-base shape, batch 1, float32, medians in ms",
+        "length", "largest difference", "eager fwd", "ours", "ratio", "eager fwd+bwd", "ours", "ratio",
+    )  # fmt: skip
+    for r in rows:
+        cells = [f"{r['length']}", f"{r['difference']:.1e}"]
+        for kind in ("forward", "full"):
+            eager, ours = r[f"eager_{kind}"], r[f"ours_{kind}"]
+            cells += [f"{eager:.1f}", f"{ours:.1f}", f"{eager / ours:.2f}x"]
+        table.add_row(*cells)
+    return table
+
+
+def _pretraining_table(result: dict[str, Any], base: dict[str, float]) -> Table:
+    table = _table("held-out text", "score", "model", "without a model")
+    frequent, unigram = base["most_frequent"], base["unigram"]
+    table.add_row(
+        "generator: masked-token accuracy",
+        f"{result['mlm_accuracy']:.1%} = {result['mlm_accuracy'] / frequent:.1f}x",
+        f"most frequent token {frequent:.1%}, unigram sampler {unigram:.1%}",
+    )
+    chance = result["replaced_fraction"]
+    table.add_row("discriminator: AUC", f"{result['rtd_auc']:.3f}", "0.500")
+    table.add_row(
+        "discriminator: accuracy on replaced tokens",
+        f"{result['rtd_accuracy_replaced']:.1%}",
+        f"{chance:.1%}",
+    )
+    table.add_row(
+        "discriminator: accuracy on original tokens",
+        f"{result['rtd_accuracy_original']:.1%}",
+        f"{1 - chance:.1%}",
+    )
+    return table
+
+
+def _topics_table(*results: dict[str, Any]) -> Table:
+    table = _table(
+        "topics, held-out tenth", "model", "labelled", "accuracy", "macro-F1", "majority"
+    )
+    for result in results:
+        for name, title in (("pretrained", "pre-trained"), ("control", "random weights (control)")):
+            scores = result[name]
+            table.add_row(
+                title,
+                f"{result['labelled']}",
+                f"{scores['accuracy']:.1%}",
+                f"{scores['macro_f1']:.3f}",
+                f"{result['majority']:.1%}",
+            )
+    return table

@@ -1,0 +1,123 @@
+"""accelerate() and restore(): a loaded transformers DeBERTa on our attention, in place."""
+
+from typing import Any, TypeVar
+
+from torch import nn
+
+from ..attention import DisentangledAttention
+from ..backends import MODULES
+
+M = TypeVar("M", bound=nn.Module)
+
+# transformers' attention classes: the modules of these names are the same arithmetic.
+_PACKAGES = ("transformers.models.deberta.", "transformers.models.deberta_v2.")
+_ATTENTION = "DisentangledSelfAttention"
+_ENCODERS = ("DebertaEncoder", "DebertaV2Encoder")
+
+
+def accelerate(model: M, backend: str = "auto") -> M:
+    """Puts every DeBERTa (v1, v2, v3) attention inside a transformers model on our op, in place.
+
+    Parameters stay the same objects under the same names: state_dict, optimisers and saving are
+    untouched. Encoders stop building [L, L] positions and [B, L, L] masks for a [B, L] mask.
+
+    Args:
+        model: a transformers model, or any module that contains one (GLiNER, CrossEncoder, ...).
+        backend: of the attention, see `disentangled_attention`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: unknown backend, or nothing in the model could be patched.
+    """
+    if backend != "auto" and backend not in MODULES:
+        raise ValueError(f"backend must be one of {', '.join(['auto', *MODULES])}; got {backend!r}")
+    found = 0
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, DisentangledAttention):  # Accelerated before: only the backend.
+                child.backend = backend
+                found += 1
+            elif _is(child, _ATTENTION):
+                setattr(module, name, _replacement(child, _config(module, child), backend))
+                found += 1
+    for module in model.modules():
+        if any(_is(module, name) for name in _ENCODERS):
+            _quiet(module)
+    if not found:
+        raise ValueError(
+            f"model: no DeBERTa attention to accelerate in {type(model).__name__}; expected "
+            "transformers' DebertaModel or DebertaV2Model, or a model that contains one"
+        )
+    return model
+
+
+def restore(model: M) -> M:
+    """Undoes `accelerate`, in place; parameters keep their values. Returns the model.
+
+    Raises:
+        ValueError: the model is not accelerated.
+    """
+    found = 0
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            original = child.__dict__.get("_original")
+            if original is not None:
+                original[0].train(child.training)
+                setattr(module, name, original[0])
+                found += 1
+        for method in ("get_rel_pos", "get_attention_mask"):
+            module.__dict__.pop(method, None)
+    if not found:
+        raise ValueError(f"model: {type(model).__name__} holds no accelerated attention")
+    return model
+
+
+def _is(module: nn.Module, name: str) -> bool:
+    kind = type(module)
+    return kind.__name__ == name and kind.__module__.startswith(_PACKAGES)
+
+
+def _config(parent: nn.Module, attention: nn.Module):
+    config = getattr(parent, "config", None)
+    if config is None:
+        raise ValueError(
+            f"model: cannot accelerate {type(attention).__name__} inside "
+            f"{type(parent).__name__}, which has no config"
+        )
+    return config
+
+
+def _replacement(original: nn.Module, config, backend: str) -> DisentangledAttention:
+    """A DisentangledAttention around the original's own submodules and parameters."""
+    ours = DisentangledAttention(config)
+    for name, part in original.named_children():
+        setattr(ours, name, part)
+    for name, parameter in original.named_parameters(recurse=False):
+        setattr(ours, name, parameter)
+    ours.backend = backend
+    ours.train(original.training)
+    ours.__dict__["_original"] = (original,)  # In a tuple, so that it is no submodule.
+    return ours
+
+
+def _quiet(encoder: nn.Module) -> None:
+    """Lets an encoder pass on the mask and the position rule it was given, unexpanded."""
+    rules = [
+        module.relative_position
+        for module in encoder.modules()
+        if isinstance(module, DisentangledAttention) and module.relative_attention
+    ]
+    build_mask: Any = type(encoder).__dict__["get_attention_mask"]
+
+    def get_rel_pos(hidden_states, query_states=None, relative_pos=None):
+        return rules[0] if rules and relative_pos is None else relative_pos
+
+    def get_attention_mask(attention_mask):
+        if attention_mask.dim() == 2:
+            return attention_mask
+        return build_mask(encoder, attention_mask)
+
+    encoder.__dict__["get_rel_pos"] = get_rel_pos
+    encoder.__dict__["get_attention_mask"] = get_attention_mask
