@@ -211,11 +211,8 @@ def backward(
         dpos_key, dpos_query = (
             None if table is None else torch.zeros_like(table) for table in (pos_key, pos_query)
         )
-        return (
-            *(torch.zeros_like(x).contiguous() for x in (query, key, value)),
-            dpos_key,
-            dpos_query,
-        )
+        dq, dk, dv = (torch.zeros_like(x).contiguous() for x in (query, key, value))
+        return dq, dk, dv, dpos_key, dpos_query
 
     c2p, p2c = _position_terms(pos_key, pos_query, params)
     scores = _scores(q, k, c2p, p2c).mul_(params.softmax_scale)

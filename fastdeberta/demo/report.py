@@ -12,7 +12,7 @@ from ..files import write_atomically
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>fastdeberta demo</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto }}
 img {{ max-width: 100% }} pre {{ background: #f4f4f4; padding: 1rem; overflow: auto }}
 </style>
 <h1>fastdeberta demo</h1>

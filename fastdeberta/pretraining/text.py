@@ -123,13 +123,14 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, lowercase: bool =
         max_sentence_length=1 << 20,
         num_threads=2,  # The result depends on it.
         minloglevel=2,
-        **{
-            f"{name}_{field}": value
-            for i, (name, token) in enumerate(
-                zip(("pad", "bos", "eos", "unk"), SPECIAL_TOKENS, strict=False)
-            )
-            for field, value in (("id", i), ("piece", token))
-        },
+        pad_id=0,
+        pad_piece=PAD,
+        bos_id=1,
+        bos_piece=CLS,
+        eos_id=2,
+        eos_piece=SEP,
+        unk_id=3,
+        unk_piece=UNK,
         user_defined_symbols=[MASK],
     )
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
