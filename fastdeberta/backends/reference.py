@@ -1,8 +1,8 @@
 """The oracle: composed PyTorch, any device, any floating dtype, forward and backward by hand.
 
-Scores are held whole ([H, B, L, L]), position terms in distance space: with the table expanded to
-one row a distance, c2p[i, j] = bands[i, j - i + L - 1], which is a strided view of the matrix
-product Q · tableᵀ. No gather and no scatter touches L * L elements, in either direction.
+Scores are held whole ([H, B, L, L]), position terms in distance space: with one column a distance,
+c2p[i, j] = bands[i, j - i + L - 1], which is a strided view of the matrix product Q · tableᵀ. No
+index of L * L elements is ever made.
 float16 and bfloat16 inputs are computed in float32.
 """
 
@@ -85,30 +85,39 @@ def _unskew(scores: Tensor) -> Tensor:
 
 
 class _Positions:
-    """One position term: its table expanded from rows to distances, and the way back."""
+    """One position term: from rows to distances, and the way back."""
 
     def __init__(self, table: Tensor, params: AttentionParams, sign: int):
         """sign: +1 if columns run by distance i - j (p2c), -1 if by j - i (c2p)."""
         assert params.rows is not None
         reach = params.max_seqlen - 1
-        self.rows = params.rows.lookup(torch.arange(-reach, reach + 1, device=table.device) * sign)
-        self.count = table.size(0)
-        self.dtype = table.dtype
-        self.table = table.to(_compute_dtype(table))[self.rows].transpose(0, 1)  # [H, 2L - 1, D]
+        distances = torch.arange(-reach, reach + 1, device=table.device) * sign
+        self.rows = params.rows.lookup(distances)  # [2L - 1]
+        self.shape, self.dtype = table.shape, table.dtype
+        # The product is made with whichever are fewer, distances or rows.
+        self.by_row = self.rows.numel() > table.size(0)
+        table = table.to(_compute_dtype(table))
+        self.table = (table if self.by_row else table[self.rows]).transpose(0, 1)  # [H, n, D]
 
     def scores(self, content: Tensor) -> Tensor:
         """[H, B, L, D] -> [H, B, L, L]: content · table, skewed."""
         heads, batch, length, _ = content.shape
-        bands = content.flatten(1, 2) @ self.table.transpose(1, 2)  # [H, B * L, 2L - 1]
+        bands = content.flatten(1, 2) @ self.table.transpose(1, 2)  # [H, B * L, n]
+        if self.by_row:
+            bands = bands.index_select(-1, self.rows)
         return _skew(bands.view(heads, batch, length, -1))
 
     def backward(self, dscores: Tensor, content: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the content [H, B, L, D] and of the table [rows, H, D]."""
-        bands = _unskew(dscores).flatten(1, 2)
+        bands = _unskew(dscores).flatten(1, 2)  # [H, B * L, 2L - 1]
+        if self.by_row:
+            by_row = bands.new_zeros(*bands.shape[:2], self.shape[0])
+            bands = by_row.scatter_add_(-1, self.rows.expand_as(bands), bands)
         dcontent = (bands @ self.table).view(content.shape)
-        dtable = (bands.transpose(1, 2) @ content.flatten(1, 2)).transpose(0, 1)
-        folded = dtable.new_zeros(self.count, *dtable.shape[1:])
-        return dcontent, folded.index_add_(0, self.rows, dtable).to(self.dtype)
+        dtable = (bands.transpose(1, 2) @ content.flatten(1, 2)).transpose(0, 1)  # [n, H, D]
+        if not self.by_row:
+            dtable = dtable.new_zeros(self.shape).index_add_(0, self.rows, dtable)
+        return dcontent, dtable.to(self.dtype).contiguous()
 
 
 def _scores(q: Tensor, k: Tensor, c2p: _Positions | None, p2c: _Positions | None) -> Tensor:

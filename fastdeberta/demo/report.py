@@ -97,11 +97,12 @@ def _confusion(topics: dict[str, Any], names: list[str]) -> Any:
     figure, axes = _figure(2, height=5.5)
     for axis, name in zip(axes, ("pretrained", "control"), strict=True):
         matrix = topics[name]["confusion"]
+        most = max(map(max, matrix))
         axis.imshow(matrix, cmap="Blues")
         for i, row in enumerate(matrix):
             for j, count in enumerate(row):
                 if count:
-                    shade = "white" if count > max(row) / 2 and i == j else "black"
+                    shade = "white" if count > most / 2 else "black"
                     axis.text(j, i, count, ha="center", va="center", fontsize=7, color=shade)
         axis.set(title=f"{name}: {topics[name]['accuracy']:.1%}", xlabel="predicted")
         axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
@@ -120,6 +121,7 @@ def _attention(rows: list[dict[str, float]]) -> Any:
         axis.plot(lengths, [r[f"ours_{kind}"] for r in rows], marker="o", label="fastdeberta")
         axis.set(title=f"{title}, ms", xlabel="length", xscale="log", yscale="log")
         axis.set_xticks(lengths, [str(x) for x in lengths])
+        axis.set_xticks([], minor=True)
         axis.legend()
     return figure
 

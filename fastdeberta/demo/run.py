@@ -13,7 +13,11 @@ from rich.table import Table
 
 from ..datasets import wiki_leads
 from ..files import write_atomically
-from ..finetuning.classification import FinetuneSettings, SequenceClassification
+from ..finetuning.classification import (
+    FinetuneSettings,
+    SequenceClassification,
+    reinitialize,
+)
 from ..finetuning.data import Encoded, Example, encode
 from ..info import collect, render
 from ..models import Config, Model, from_pretrained
@@ -171,8 +175,8 @@ class _Topics:
             for part in (rest, test)
         )
         self.names = sorted({example.label for example in train if example.label})
-        self.train = encode(tokenizer, train, self.names, 128, "train")
-        self.test = encode(tokenizer, test, self.names, 128, "test")
+        self.train = encode(tokenizer, train, self.names, 96, "train")
+        self.test = encode(tokenizer, test, self.names, 96, "test")
 
     def compare(
         self, out: Path, checkpoint: Path, seconds: float, labelled: int | None
@@ -215,8 +219,8 @@ class _Topics:
         return FinetuneSettings(
             output=str(output),
             seed=seed,
-            batch_size=32,
-            learning_rate=1e-3,
+            batch_size=16,
+            learning_rate=5e-4,
             epsilon=1e-8,
             precision="bf16",
             evaluate_every=0,
@@ -230,7 +234,11 @@ class _Topics:
             "attention_probs_dropout_prob": 0.1,
         }
         if name == "pretrained":
-            return from_pretrained(checkpoint, "sequence", allow_new_head=True, **changes)
+            model = from_pretrained(checkpoint, "sequence", allow_new_head=True, **changes)
+            # The upper layers have come to look for replaced tokens only: topics are read from
+            # the tables and the first layer.
+            reinitialize(model, config.num_hidden_layers - 1)
+            return model
         values = {**config.to_dict(), **changes}
         values.pop("label2id")
         return Model(Config.from_dict(values), "sequence")

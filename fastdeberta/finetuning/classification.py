@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..files import write_atomically
 from ..models import Model, from_pretrained
+from ..models.encoder import initialize
 from ..pretraining.rtd import set_backend
 from ..pretraining.text import PAD, load_tokenizer, save_tokenizer, special_id
 from ..training.optimizer import parameter_groups
@@ -38,6 +39,7 @@ class FinetuneSettings(TrainSettings):
     warmup_fraction: float = 0.1
     dropout: float | None = None  # of the task layer; None: the model's
     layer_decay: float = 1.0  # each layer's rate is the next layer's times this
+    reinit_layers: int = 0  # top layers that start anew (Zhang et al. 2021, arXiv 2006.05987)
     evaluate_every: int = 0
     checkpoint_every: int = 0
 
@@ -45,6 +47,8 @@ class FinetuneSettings(TrainSettings):
         super().check()
         if self.epochs <= 0:
             raise ValueError(f"epochs must be positive, got {self.epochs}")
+        if self.reinit_layers < 0:
+            raise ValueError(f"reinit_layers must not be negative, got {self.reinit_layers}")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay must be in (0, 1], got {self.layer_decay}")
         if not 0 <= self.warmup_fraction < 1:
@@ -141,6 +145,19 @@ class SequenceClassification:
         return batch.token_type_ids if self.classifier.config.type_vocab_size > 1 else None
 
 
+def reinitialize(model: Model, layers: int) -> None:
+    """Gives the top `layers` layers random weights; the lower ones and the tables stay.
+
+    Raises:
+        ValueError: more layers than the model has.
+    """
+    stack = model.backbone.encoder.layer
+    if layers > len(stack):
+        raise ValueError(f"reinit_layers must be at most the model's {len(stack)}, got {layers}")
+    for layer in stack[len(stack) - layers :]:
+        initialize(layer, model.config.initializer_range)
+
+
 def _depth(name: str, layers: int) -> int:
     """0 for the head, 1 for the top layer, layers + 1 for the embeddings."""
     if name.startswith("head."):
@@ -177,6 +194,7 @@ def finetune(settings: FinetuneSettings, progress: Progress | None = None) -> di
         changes |= {"cls_dropout": settings.dropout, "classifier_dropout": settings.dropout}
     torch.manual_seed(settings.seed)  # The new head's weights.
     model = from_pretrained(settings.model, "sequence", allow_new_head=True, **changes)
+    reinitialize(model, settings.reinit_layers)
     tokenizer = load_tokenizer(settings.model)
     limit = settings.max_length
     positions = model.backbone.embeddings.position_embeddings

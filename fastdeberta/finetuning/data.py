@@ -84,13 +84,17 @@ def _rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
                 raise ValueError(f"{path}, line {number}: expected a JSON object")
             yield number, row
     elif path.suffix in (".tsv", ".csv"):
-        lines = (line for _, line in read_lines(path))
+        # With its end: a quoted field may go on in the next line.
+        lines = (line + "\n" for _, line in read_lines(path))
         if path.suffix == ".tsv":  # GLUE's files use quotes as ordinary characters.
             reader = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         else:
             reader = csv.DictReader(lines)
-        for row in reader:
-            yield reader.line_num, row
+        try:
+            for row in reader:
+                yield reader.line_num, row
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
     else:
         raise ValueError(f"{path}: expected a .jsonl, .tsv or .csv file")
 

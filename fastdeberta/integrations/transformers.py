@@ -1,5 +1,6 @@
 """accelerate() and restore(): a loaded transformers DeBERTa on our attention, in place."""
 
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import nn
@@ -109,15 +110,16 @@ def _quiet(encoder: nn.Module) -> None:
         for module in encoder.modules()
         if isinstance(module, DisentangledAttention) and module.relative_attention
     ]
-    build_mask: Any = type(encoder).__dict__["get_attention_mask"]
+    # Functions of this module, so that the model can still be pickled and copied.
+    encoder.__dict__["get_rel_pos"] = partial(_get_rel_pos, rules[0] if rules else None)
+    encoder.__dict__["get_attention_mask"] = partial(_get_attention_mask, encoder)
 
-    def get_rel_pos(hidden_states, query_states=None, relative_pos=None):
-        return rules[0] if rules and relative_pos is None else relative_pos
 
-    def get_attention_mask(attention_mask):
-        if attention_mask.dim() == 2:
-            return attention_mask
-        return build_mask(encoder, attention_mask)
+def _get_rel_pos(rule, hidden_states, query_states=None, relative_pos=None):
+    return rule if relative_pos is None else relative_pos
 
-    encoder.__dict__["get_rel_pos"] = get_rel_pos
-    encoder.__dict__["get_attention_mask"] = get_attention_mask
+
+def _get_attention_mask(encoder: Any, attention_mask):
+    if attention_mask.dim() == 2:
+        return attention_mask
+    return type(encoder).get_attention_mask(encoder, attention_mask)

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from pickle import UnpicklingError
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +19,12 @@ from .model import HEADS, Model
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLE = "pytorch_model.bin"
+
+# What released files carry beside a model's parameters: position numbers, the positions of
+# DeBERTa's mask decoder, and GDES differences, which their tables already contain.
+_IGNORED = re.compile(
+    r"\.position_ids$|\.embeddings\.position_embeddings\.|\.embeddings\.\w+\._weight$"
+)
 
 
 def from_pretrained(
@@ -64,7 +71,7 @@ def load(model: Model, directory: str | Path, allow_new_head: bool = False) -> N
     unexpected = [
         key
         for name, key in renamed.items()
-        if name not in own and not key.startswith(family.OTHER_KEYS) and "position_ids" not in key
+        if name not in own and not key.startswith(family.OTHER_KEYS) and not _IGNORED.search(name)
     ]
     new_head = [k for k in (*missing, *wrong) if k.startswith("head.")]
     if new_head and not allow_new_head:
@@ -125,13 +132,19 @@ def read_weights(directory: str | Path) -> dict[str, Tensor]:
         FileNotFoundError: no weights there. ValueError: a damaged file.
     """
     directory = Path(directory)
-    if (directory / INDEX).exists():
-        names = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+    index, pickled = directory / INDEX, directory / PICKLE
+    files = [directory / WEIGHTS]
+    if index.exists():
+        try:
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{index} is not a JSON object with a weight_map") from None
         files = [directory / name for name in sorted(set(names))]
-    else:
-        files = [directory / WEIGHTS]
-    if not files[0].exists() and (directory / PICKLE).exists():
-        return torch.load(directory / PICKLE, map_location="cpu", weights_only=True)
+    elif not files[0].exists() and pickled.exists():
+        try:
+            return torch.load(pickled, map_location="cpu", weights_only=True)
+        except (RuntimeError, OSError, EOFError, UnpicklingError):
+            raise ValueError(f"{pickled} is damaged, or holds more than weights") from None
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors.update(read_safetensors(file))

@@ -72,6 +72,8 @@ class Embeddings(nn.Module):
             if token_type_ids is None:
                 x = x + self.token_type_embeddings.weight[0]
             else:
+                limit = self.token_type_embeddings.num_embeddings
+                _check_range("token_type_ids", token_type_ids, "type_vocab_size", limit)
                 x = x + self.token_type_embeddings(token_type_ids)
         if self.is_electra:
             x = self.dropout(self.LayerNorm(x))
@@ -85,9 +87,10 @@ class Embeddings(nn.Module):
 
     def _positions(self, x: Tensor, position_ids: Tensor | None) -> Tensor:
         assert self.position_embeddings is not None
-        if position_ids is not None:
-            return position_ids
         length, limit = x.size(-2), self.position_embeddings.num_embeddings
+        if position_ids is not None:
+            _check_range("position_ids", position_ids, "max_position_embeddings", limit)
+            return position_ids
         if length > limit:
             raise ValueError(
                 f"input_ids may hold at most max_position_embeddings = {limit} tokens a sequence, "
@@ -245,28 +248,26 @@ class Backbone(nn.Module):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if input_ids is not None:
-            _check_ids(input_ids, self.config.vocab_size)
-        if cu_seqlens is not None and position_ids is None and input_ids is not None:
-            position_ids = _packed_positions(input_ids, cu_seqlens)
+            _check_range("input_ids", input_ids, "vocab_size", self.config.vocab_size)
+        if cu_seqlens is not None and position_ids is None:
+            position_ids = _packed_positions(cu_seqlens)
         x = self.embeddings(input_ids, token_type_ids, position_ids, attention_mask, inputs_embeds)
         return self.encoder(x, attention_mask, cu_seqlens, max_seqlen)
 
 
-def _check_ids(input_ids: Tensor, vocab_size: int) -> None:
+def _check_range(name: str, ids: Tensor, field: str, limit: int) -> None:
     """Only where reading the ids costs nothing: on the CPU, outside of compiled code."""
-    if torch.compiler.is_compiling() or input_ids.device.type != "cpu" or not input_ids.numel():
+    if torch.compiler.is_compiling() or ids.device.type != "cpu" or not ids.numel():
         return
-    low, high = torch.aminmax(input_ids)
-    if low < 0 or high >= vocab_size:
-        raise ValueError(
-            f"input_ids must be in [0, vocab_size = {vocab_size}), got {int(low)} to {int(high)}"
-        )
+    low, high = torch.aminmax(ids)
+    if low < 0 or high >= limit:
+        raise ValueError(f"{name} must be in [0, {field} = {limit}), got {int(low)} to {int(high)}")
 
 
-def _packed_positions(input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+def _packed_positions(cu_seqlens: Tensor) -> Tensor:
     """Each packed token's position within its sequence."""
     starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
-    return torch.arange(input_ids.size(0), device=input_ids.device) - starts
+    return torch.arange(starts.size(0), device=starts.device) - starts
 
 
 def initialize(module: nn.Module, std: float) -> None:
@@ -276,6 +277,8 @@ def initialize(module: nn.Module, std: float) -> None:
             nn.init.normal_(part.weight, std=std)
         if isinstance(part, (nn.Linear, nn.Conv1d)) and part.bias is not None:
             nn.init.zeros_(part.bias)
+        if isinstance(part, nn.LayerNorm):
+            part.reset_parameters()
         if isinstance(part, nn.Embedding) and part.padding_idx is not None:
             with torch.no_grad():
                 part.weight[part.padding_idx].zero_()

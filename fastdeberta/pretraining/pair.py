@@ -133,6 +133,8 @@ class Pair(nn.Module):
             input_ids: int64 [B, L]. attention_mask: [B, L], nonzero = real; None: all are.
         """
         maskable = ~self.special[input_ids]
+        if attention_mask is not None:
+            maskable &= attention_mask.bool()
         masked = choose_positions(input_ids, maskable, self.mask_fraction)
         inputs = substitute(input_ids, masked, self.mask_id)
         backbone = self.generator.backbone

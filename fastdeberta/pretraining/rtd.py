@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..attention import DisentangledAttention
 from ..files import write_atomically
+from ..training.checkpoint import checkpoints
 from ..training.optimizer import parameter_groups
 from ..training.reporting import Progress
 from ..training.trainer import Trainer, epoch_rows
@@ -35,7 +36,7 @@ class Corpus(NamedTuple):
 def load_corpus(settings: PretrainSettings) -> Corpus:
     """Reads, splits, tokenises and packs the text.
 
-    A run's own tokenizer, once trained, is kept in its output directory and used again.
+    A run that continues uses the tokenizer that it keeps in its output directory.
 
     Raises:
         FileNotFoundError, ValueError: see `text.read_documents` and `text.load_tokenizer`.
@@ -46,14 +47,16 @@ def load_corpus(settings: PretrainSettings) -> Corpus:
             f"data: {settings.data} holds one document; at least two are needed, one to hold out"
         )
     train, held_out = text.split(documents, settings.held_out, settings.seed)
-    own = Path(settings.output) / text.TOKENIZER
-    if settings.tokenizer is not None:
-        tokenizer = text.load_tokenizer(settings.tokenizer)
-    elif own.exists():
-        tokenizer = text.load_tokenizer(own)
-    else:
-        tokenizer = text.train_tokenizer(train, settings.vocab_size, settings.lowercase)
-    text.save_tokenizer(tokenizer, settings.output)
+    output = Path(settings.output)
+    if not (checkpoints(output) and (output / text.TOKENIZER).exists()):
+        # A tokenizer without a checkpoint is of a run that failed, maybe for its settings.
+        if settings.tokenizer is not None:
+            tokenizer = text.load_tokenizer(settings.tokenizer)
+        else:
+            tokenizer = text.train_tokenizer(train, settings.vocab_size, settings.lowercase)
+        text.save_tokenizer(tokenizer, output)
+    # As read back: a file rounds scores, and a run that continues must see the same tokens.
+    tokenizer = text.load_tokenizer(output)
     length = settings.sequence_length
     return Corpus(
         tokenizer, text.pack(tokenizer, train, length), text.pack(tokenizer, held_out, length)

@@ -1,10 +1,10 @@
 """The settings of a pre-training run: one flat YAML file."""
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
 
 from ..models import Config
-from ..training.settings import TrainSettings, unknown_key
+from ..training.settings import TrainSettings, convert, unknown_key
 from .pair import TIES
 from .text import EMBEDDED
 
@@ -40,11 +40,16 @@ class PretrainSettings(TrainSettings):
                 raise ValueError(f"{key} must be in (0, 1), got {getattr(self, key)}")
         if self.rtd_weight < 0:
             raise ValueError(f"rtd_weight must not be negative, got {self.rtd_weight}")
-        names = [f.name for f in fields(Config) if f.name != "extra"]
+        hints = get_type_hints(Config)
+        del hints["extra"]
+        hints["pos_att_type"] = list[str] | str  # Checkpoints also write "p2c|c2p".
         for part in ("discriminator", "generator"):
-            for key in getattr(self, part):
-                if key not in names:
-                    raise ValueError(unknown_key(key, names, f"{part}."))
+            values = dict(getattr(self, part))
+            for key, value in values.items():
+                if key not in hints:
+                    raise ValueError(unknown_key(key, hints, f"{part}."))
+                values[key] = convert(value, hints[key], f"{part}.{key}")
+            setattr(self, part, values)
 
     def configs(self, vocab_size: int, pad_token_id: int) -> tuple[Config, Config]:
         """Configs of generator and discriminator for a tokenizer."""

@@ -27,7 +27,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     with path.open("rb") as stream:
         for number, line in enumerate(stream, 1):
             try:
-                yield number, line.decode("utf-8").rstrip("\r\n")
+                encoding = "utf-8-sig" if number == 1 else "utf-8"  # A file may open with a mark.
+                yield number, line.decode(encoding).rstrip("\r\n")
             except UnicodeDecodeError as error:
                 raise ValueError(
                     f"{path} is not UTF-8: line {number}, byte {error.start + 1}"

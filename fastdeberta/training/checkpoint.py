@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -57,8 +58,8 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
         load_model(model, str(path / WEIGHTS))
         optimizer.load_state_dict(torch.load(path / OPTIMIZER, weights_only=True))
         return json.loads((path / STATE).read_text(encoding="utf-8"))
-    except (SafetensorError, RuntimeError, EOFError, json.JSONDecodeError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is damaged or of another model: {reason}") from None
 
 

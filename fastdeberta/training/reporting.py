@@ -117,6 +117,11 @@ class PlainProgress:
 class BarProgress:
     """A rich progress bar: step, rate, time left, loss."""
 
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console()
+
     def start(self, title: str, step: int, steps: int) -> None:
         from rich.progress import (
             BarColumn,
@@ -133,6 +138,7 @@ class BarProgress:
             TextColumn("{task.fields[rate]:.1f} steps/s"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
+            console=self._console,
         )
         self._first, self._started = step, time.monotonic()
         self._task = self._bar.add_task(title, total=steps, completed=step, rate=0.0, note="")
@@ -143,7 +149,7 @@ class BarProgress:
         self._bar.update(self._task, completed=step, rate=rate, note=note)
 
     def say(self, line: str) -> None:
-        self._bar.console.print(line, highlight=False, markup=False)
+        self._console.print(line, highlight=False, markup=False)
 
     def stop(self) -> None:
         self._bar.stop()

@@ -87,7 +87,10 @@ def apply_overrides(values: dict[str, Any], pairs: Iterable[str]) -> dict[str, A
             target = target.setdefault(part, {})
             if not isinstance(target, dict):
                 raise ValueError(f"{key}: {part!r} holds a value, not keys")
-        target[name] = yaml.safe_load(text)
+        try:
+            target[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(f"{key}: {text!r} is not a YAML value") from None
     return values
 
 
@@ -103,7 +106,7 @@ def build(cls: type[S], values: Mapping[str, Any], where: str = "") -> S:
     for key, value in values.items():
         if key not in names:
             raise ValueError(unknown_key(key, names, where))
-        chosen[key] = _convert(value, known[key], f"{where}{key}")
+        chosen[key] = convert(value, known[key], f"{where}{key}")
     settings = cls(**chosen)
     if isinstance(settings, TrainSettings):
         settings.check()
@@ -124,7 +127,8 @@ def to_yaml(settings: Any) -> str:
     return yaml.safe_dump(asdict(settings), sort_keys=False)
 
 
-def _convert(value: Any, expected: Any, key: str) -> Any:
+def convert(value: Any, expected: Any, key: str) -> Any:
+    """A value as the type hint `expected`; ValueError, naming the key, where it does not fit."""
     options = typing.get_args(expected) if _is_union(expected) else (expected,)
     for option in options:
         origin = typing.get_origin(option) or option

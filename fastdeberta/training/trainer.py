@@ -60,10 +60,19 @@ class Diverged(Exception):
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that a setting names; "auto" is CUDA where there is one, else the CPU."""
+    """The device that a setting names; "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: no such device here.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device: no {name!r} here: {str(error).splitlines()[0]}") from None
+    return device
 
 
 class Trainer:
