@@ -111,8 +111,10 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         app(arguments, prog_name="fastdeberta")  # Exits with 0, or 2 on wrong usage.
-    except KeyboardInterrupt:
-        sys.exit(_failed("interrupted", 1))
+    except SystemExit as done:
+        if done.code == 130:  # typer's own answer to Ctrl-C
+            sys.exit(_failed("interrupted", 1))
+        raise
     except Exception as error:
         if debug:
             raise

@@ -353,6 +353,6 @@ def test_wrong_arguments(options, message, tmp_path):
 def test_a_path_is_never_asked_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: 1 / 0)
     (tmp_path / "file").touch()
-    for path in (tmp_path / "missing", tmp_path / "file", "./missing/model/here"):
+    for path in (tmp_path / "missing", tmp_path / "file", "./missing", "../missing", "a/b/c"):
         with pytest.raises(FileNotFoundError, match="no model directory at "):
             from_pretrained(path)

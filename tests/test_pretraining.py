@@ -523,6 +523,7 @@ def settings_of(tmp_path, **changes):
     values = {
         "output": str(tmp_path / "run"),
         "data": str(data),
+        "device": "cpu",
         "vocab_size": 120,
         "sequence_length": 24,
         "held_out": 0.1,

@@ -296,6 +296,7 @@ class Line:
 
 
 RUN = {
+    "device": "cpu",
     "steps": 20,
     "warmup_steps": 3,
     "log_every": 3,
@@ -564,6 +565,7 @@ def command(directory, *, name):
         (directory / "text.txt").write_text("\n\n".join(tiny.documents()))
         values = {
             "data": str(directory / "text.txt"),
+            "device": "cpu",
             "vocab_size": 120,
             "sequence_length": 24,
             "held_out": 0.1,

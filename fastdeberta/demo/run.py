@@ -72,7 +72,7 @@ def run(out: Path, minutes: float, seed: int = 0) -> dict[str, Any]:
     budget = PRETRAINING * (deadline - time.monotonic())
     settings.steps = _steps_in(ReplacedTokenDetection(settings, corpus), settings, budget, threads)
     settings.warmup_steps = max(10, min(500, settings.steps // 20))
-    settings.evaluate_every = max(1, settings.steps // 10)
+    settings.evaluate_every = max(1, settings.steps // (10 if minutes >= 5 else 3))
     settings.checkpoint_every = max(1, settings.steps // 4)
     task = ReplacedTokenDetection(settings, corpus)
     console.print(
@@ -204,7 +204,7 @@ class _Topics:
                 settings.steps, settings.warmup_steps = steps, steps // 10
                 run = task()
                 Trainer(run, settings, default_progress()).run()
-                runs.append(run.scores())
+                runs.append(run.scores)
             results[name] = {
                 "accuracy": statistics.mean(r["accuracy"] for r in runs),
                 "macro_f1": statistics.mean(r["macro_f1"] for r in runs),

@@ -81,6 +81,8 @@ class SequenceClassification:
         self.settings, self.train, self.dev = settings, train, dev
         self.tokenizer = tokenizer
         self.pad_id = special_id(tokenizer, PAD)
+        self.predicted: list[int] = []
+        self.scores: dict[str, Any] = {}
         set_backend(model, settings.backend)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -110,13 +112,12 @@ class SequenceClassification:
         return int(batch.attention_mask.sum())
 
     def evaluate(self) -> dict[str, float]:
-        scores = self.scores()
-        return {name: scores[name] for name in ("accuracy", "macro_f1", "majority")}
-
-    def scores(self) -> dict[str, Any]:
-        """Dev scores with the confusion matrix."""
+        """Dev scores; all of them, with the confusion matrix, stay in `scores`, and the predicted
+        label numbers in `predicted`."""
         names = list(self.classifier.config.id2label.values())
-        return metrics.classification(self.dev.labels.tolist(), self.predictions(), names)
+        self.predicted = self.predictions()
+        self.scores = metrics.classification(self.dev.labels.tolist(), self.predicted, names)
+        return {name: self.scores[name] for name in ("accuracy", "macro_f1", "majority")}
 
     @torch.no_grad()
     def predictions(self, batch_size: int = 64) -> list[int]:
@@ -213,11 +214,11 @@ def finetune(settings: FinetuneSettings, progress: Progress | None = None) -> di
     result = Trainer(task, settings, progress).run()
     output = Path(settings.output)
     task.export(output)
-    result |= task.scores()
+    result |= task.scores
     result["parameters"] = model.num_parameters()
     lines = [
         json.dumps({"text": example.text, "label": example.label, "prediction": names[label]})
-        for example, label in zip(dev, task.predictions(), strict=True)
+        for example, label in zip(dev, task.predicted, strict=True)
     ]
     write_atomically(output / "predictions.jsonl", "\n".join(lines) + "\n")
     write_atomically(output / "metrics.json", json.dumps(result, indent=2) + "\n")

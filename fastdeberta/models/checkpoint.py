@@ -170,7 +170,7 @@ def _directory(path_or_hub_id: str | Path) -> Path:
         if not (path / "config.json").exists():
             raise FileNotFoundError(f"no config.json in {path}")
         return path
-    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path_or_hub_id)):
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(path_or_hub_id)):
         raise FileNotFoundError(f"no model directory at {path}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
