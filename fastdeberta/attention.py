@@ -308,6 +308,13 @@ class DisentangledAttention(nn.Module):
         return c2p, p2c.clamp(-reach, reach - 1) + span
 
 
+def set_backend(model: nn.Module, backend: str) -> None:
+    """Names the attention backend of every layer."""
+    for module in model.modules():
+        if isinstance(module, DisentangledAttention):
+            module.backend = backend
+
+
 def composed_attention(
     query: Tensor,
     key: Tensor,

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under another name, then renamed."""
+"""Files: read line by line with clear errors; written whole or not at all."""
 
 import os
 import shutil
@@ -49,3 +49,22 @@ def write_atomically(path: str | Path, text: str) -> None:
         fresh.replace(path)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines of a UTF-8 file.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: not UTF-8.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                encoding = "utf-8-sig" if number == 1 else "utf-8"  # A file may open with a mark.
+                yield number, line.decode(encoding).rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path} is not UTF-8: line {number}, byte {error.start + 1}"
+                ) from None

@@ -14,8 +14,8 @@ import yaml
 
 import fastdeberta
 from fastdeberta import cli
+from fastdeberta import tokenizer as tokenizers
 from fastdeberta.models import Model, from_pretrained
-from fastdeberta.pretraining import text
 from fastdeberta.training import Diverged, Interrupted
 from fastdeberta.training.reporting import read_metrics
 
@@ -47,7 +47,7 @@ def place(tmp_path, monkeypatch):
         Path(f"data/{name}.tsv").write_text("\n".join(["label\ttext", *rows]))
     size = tiny.tokenizer().get_vocab_size()
     Model(tiny.config("electra", vocab_size=size)).save_pretrained("model")
-    text.save_tokenizer(tiny.tokenizer(), "model")
+    tokenizers.save(tiny.tokenizer(), "model")
     return tmp_path
 
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score
 
+from fastdeberta import tokenizer as tokenizers
 from fastdeberta.finetuning import metrics
 from fastdeberta.finetuning.classification import (
     FinetuneSettings,
@@ -27,7 +28,6 @@ from fastdeberta.finetuning.data import (
     truncate,
 )
 from fastdeberta.models import Model, from_pretrained
-from fastdeberta.pretraining import text
 from fastdeberta.pretraining.rtd import ReplacedTokenDetection, load_corpus
 from fastdeberta.pretraining.settings import PretrainSettings
 from fastdeberta.training.reporting import read_metrics
@@ -202,7 +202,7 @@ def files(tmp_path_factory):
     Model(tiny.config(**changes)).save_pretrained(root / "model")
     Model(tiny.config("electra", **changes)).save_pretrained(root / "electra")
     for name in ("model", "electra"):
-        text.save_tokenizer(tiny.tokenizer(), root / name)
+        tokenizers.save(tiny.tokenizer(), root / name)
     write_data(root / "train.jsonl", 120, 1)
     write_data(root / "dev.jsonl", 40, 2)
     return root
@@ -242,7 +242,7 @@ def test_a_run_learns_and_its_model_predicts_the_same(name, files, tmp_path):
     model = from_pretrained(tmp_path / "model", "sequence")
     assert result["parameters"] == model.num_parameters()
     assert model.config.id2label == {0: "forest", 1: "sea"}
-    tokenizer = text.load_tokenizer(tmp_path / "model")
+    tokenizer = tokenizers.load(tmp_path / "model")
     examples = read_examples(files / "dev.jsonl")
     encoded = encode(tokenizer, examples, ["forest", "sea"], 64, "dev")
     predicted = logits_of(model, encoded).argmax(-1).tolist()
@@ -407,3 +407,15 @@ def test_one_label_is_nothing_to_learn(files, tmp_path):
     (tmp_path / "train.jsonl").write_text('{"text": "a", "label": "x"}\n' * 3)
     with pytest.raises(ValueError, match="train.jsonl has one label, 'x': nothing to learn"):
         finetune(settings_of(files, tmp_path / "run", train_file=str(tmp_path / "train.jsonl")))
+
+
+def test_reinitialize_restarts_the_top_layers_only():
+    model = Model(tiny.config(num_hidden_layers=3), "sequence")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    reinitialize(model, 2)
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed
+    assert {name.split(".")[3] for name in changed if ".layer." in name} == {"1", "2"}
+    assert all(".layer." in name for name in changed)
+    with pytest.raises(ValueError, match="reinit_layers must be at most the model's 3, got 4"):
+        reinitialize(model, 4)

@@ -17,15 +17,15 @@ LEAVES = {"datasets", "dropout", "files", "libraries", "relative_position", "tim
 
 # Which parts of the package each part may import. A part is a module or folder of the package.
 MAY_IMPORT = dict.fromkeys(LEAVES, set[str]()) | {
+    "tokenizer": {"files"},
     "backends": {"dropout", "libraries", "relative_position"},
     "op": {"backends", "relative_position"},
     "attention": {"op", "relative_position"},
     "integrations": {"attention", "backends", "op", "relative_position"},
     "models": {"attention", "files", "op", "relative_position"},
     "training": {"attention", "files", "models"},
-    "pretraining": {"attention", "datasets", "files", "models", "training"},
-    # Pre-training's texts and tokenizers are fine-tuning's too; never the other way round.
-    "finetuning": {"attention", "datasets", "files", "models", "pretraining", "training"},
+    "pretraining": {"datasets", "files", "models", "tokenizer", "training"},
+    "finetuning": {"files", "models", "tokenizer", "training"},
 }
 # What a command does on its own may use every part above; the command line calls them all.
 MAY_IMPORT |= {"info": {"backends", "libraries", "op", "relative_position"}}

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from fastdeberta import tokenizer as tokenizers
 from fastdeberta.models import Model, from_pretrained
 from fastdeberta.pretraining import pair as pair_module
 from fastdeberta.pretraining import text
@@ -134,14 +135,14 @@ def test_pack_needs_room():
 
 
 def test_tokenizer_is_deterministic():
-    again = text.train_tokenizer(tiny.documents(), 120)
+    again = tokenizers.train(tiny.documents(), 120)
     assert again.to_str() == tiny.tokenizer().to_str()
-    assert text.train_tokenizer(tiny.documents(60), 120).to_str() != again.to_str()
+    assert tokenizers.train(tiny.documents(60), 120).to_str() != again.to_str()
 
 
 def test_tokenizer():
     tokenizer = tiny.tokenizer()
-    assert [tokenizer.token_to_id(token) for token in text.SPECIAL_TOKENS] == list(range(5))
+    assert [tokenizer.token_to_id(token) for token in tokenizers.SPECIAL_TOKENS] == list(range(5))
     assert 50 < tokenizer.get_vocab_size() <= 120
     for document in tiny.documents(10):
         assert tokenizer.decode(tokenizer.encode(document).ids) == document
@@ -155,15 +156,15 @@ def test_tokenizer():
 
 
 def test_lowercase_tokenizer():
-    tokenizer = text.train_tokenizer(tiny.documents(), 120, lowercase=True)
+    tokenizer = tokenizers.train(tiny.documents(), 120, lowercase=True)
     assert tokenizer.encode("THE CRAB").ids == tokenizer.encode("the crab").ids
     assert tiny.tokenizer().encode("THE CRAB").ids != tiny.tokenizer().encode("the crab").ids
 
 
 def test_tokenizer_files(tmp_path):
     tokenizer = tiny.tokenizer()
-    text.save_tokenizer(tokenizer, tmp_path)
-    ours = [text.load_tokenizer(path) for path in (tmp_path, tmp_path / "tokenizer.json")]
+    tokenizers.save(tokenizer, tmp_path)
+    ours = [tokenizers.load(path) for path in (tmp_path, tmp_path / "tokenizer.json")]
     theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     for document in tiny.documents(20):
         expected = tokenizer.encode(document).ids
@@ -175,16 +176,16 @@ def test_tokenizer_files(tmp_path):
 
 def test_tokenizer_errors(tmp_path):
     with pytest.raises(ValueError, match="vocab_size must be at least 100, got 99"):
-        text.train_tokenizer(["text"], 99)
+        tokenizers.train(["text"], 99)
     with pytest.raises(FileNotFoundError, match="no such file: .*tokenizer.json"):
-        text.load_tokenizer(tmp_path)
+        tokenizers.load(tmp_path)
     path = tmp_path / "tokenizer.json"
     path.write_text("{}")
     with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer: "):
-        text.load_tokenizer(tmp_path)
+        tokenizers.load(tmp_path)
     path.write_text(tiny.tokenizer().to_str().replace("[MASK]", "[OTHER]"))
     with pytest.raises(ValueError, match=r"the tokenizer has no \[MASK\] token"):
-        text.load_tokenizer(path)
+        tokenizers.load(path)
 
 
 def test_read_documents(tmp_path):
@@ -599,7 +600,7 @@ def test_a_short_run_learns_and_leaves_loadable_models(tmp_path):
     for head, name in (("mlm", "generator"), ("rtd", "discriminator")):
         directory = tmp_path / "run" / name
         model = from_pretrained(directory, head)
-        assert model.config.vocab_size == text.load_tokenizer(directory).get_vocab_size()
+        assert model.config.vocab_size == tokenizers.load(directory).get_vocab_size()
 
 
 # Settings
@@ -607,7 +608,7 @@ def test_a_short_run_learns_and_leaves_loadable_models(tmp_path):
 
 def write_tokenizer(path, **options):
     path.mkdir(exist_ok=True)
-    text.save_tokenizer(text.train_tokenizer(tiny.documents(), **options), path)
+    tokenizers.save(tokenizers.train(tiny.documents(), **options), path)
     return str(path)
 
 
@@ -621,14 +622,14 @@ def test_a_run_keeps_its_tokenizer(tmp_path):
     for changes in ({}, {"tokenizer": given}):
         kept = load_corpus(settings_of(tmp_path, **changes)).tokenizer
         assert kept.to_str() == other.to_str()
-        assert text.load_tokenizer(tmp_path / "run").to_str() == other.to_str()
+        assert tokenizers.load(tmp_path / "run").to_str() == other.to_str()
 
 
 def test_a_given_tokenizer(tmp_path):
     given = write_tokenizer(tmp_path / "given", vocab_size=110, lowercase=True)
     tokenizer = load_corpus(settings_of(tmp_path, tokenizer=given)).tokenizer
     for document in tiny.documents(5):
-        expected = text.load_tokenizer(given).encode(document).ids
+        expected = tokenizers.load(given).encode(document).ids
         assert tokenizer.encode(document).ids == expected
 
 

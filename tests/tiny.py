@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastdeberta import tokenizer as tokenizers
 from fastdeberta.models import Config
-from fastdeberta.pretraining import text
 
 # Sizes small enough for a test, and positions that saturate within a sequence of 41 tokens.
 SIZES: dict[str, Any] = {
@@ -92,4 +92,4 @@ def documents(count: int = 120) -> list[str]:
 
 @cache
 def tokenizer():
-    return text.train_tokenizer(documents(), 120)
+    return tokenizers.train(documents(), 120)

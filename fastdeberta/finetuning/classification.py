@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import tokenizer as tokenizers
 from ..files import write_atomically
 from ..models import Model, from_pretrained
 from ..models.encoder import initialize
-from ..pretraining.rtd import set_backend
-from ..pretraining.text import PAD, load_tokenizer, save_tokenizer, special_id
 from ..training.optimizer import parameter_groups
 from ..training.reporting import Progress
 from ..training.settings import TrainSettings
@@ -80,10 +79,9 @@ class SequenceClassification:
         self.classifier = model
         self.settings, self.train, self.dev = settings, train, dev
         self.tokenizer = tokenizer
-        self.pad_id = special_id(tokenizer, PAD)
+        self.pad_id = tokenizers.special_id(tokenizer, tokenizers.PAD)
         self.predicted: list[int] = []
         self.scores: dict[str, Any] = {}
-        set_backend(model, settings.backend)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """One pair of groups for each depth: head, layers from the top, embeddings."""
@@ -140,7 +138,7 @@ class SequenceClassification:
         target = directory / "model"
         target.mkdir(parents=True, exist_ok=True)
         self.classifier.save_pretrained(target)
-        save_tokenizer(self.tokenizer, target)
+        tokenizers.save(self.tokenizer, target)
 
     def _types(self, batch: Batch) -> Tensor | None:
         return batch.token_type_ids if self.classifier.config.type_vocab_size > 1 else None
@@ -196,7 +194,7 @@ def finetune(settings: FinetuneSettings, progress: Progress | None = None) -> di
     torch.manual_seed(settings.seed)  # The new head's weights.
     model = from_pretrained(settings.model, "sequence", allow_new_head=True, **changes)
     reinitialize(model, settings.reinit_layers)
-    tokenizer = load_tokenizer(settings.model)
+    tokenizer = tokenizers.load(settings.model)
     limit = settings.max_length
     positions = model.backbone.embeddings.position_embeddings
     if positions is not None and limit > positions.num_embeddings:

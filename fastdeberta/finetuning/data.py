@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..pretraining.text import CLS, SEP, read_lines, special_id
+from ..files import read_lines
+from ..tokenizer import CLS, SEP, special_id
 
 
 class Example(NamedTuple):

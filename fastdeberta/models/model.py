@@ -124,6 +124,8 @@ class Model(nn.Module):
             if mask is not None:
                 logits, labels = logits[mask.bool()], labels[mask.bool()]
             return nn.functional.binary_cross_entropy_with_logits(logits, labels.float())
+        if self.config.problem_type == "multi_label_classification":
+            return nn.functional.binary_cross_entropy_with_logits(logits, labels.float())
         if self.config.num_labels == 1:
             return nn.functional.mse_loss(logits.squeeze(-1), labels.float())
         return nn.functional.cross_entropy(logits, labels)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..attention import DisentangledAttention
+from .. import tokenizer as tokenizers
 from ..files import write_atomically
 from ..training.checkpoint import checkpoints
 from ..training.optimizer import parameter_groups
@@ -39,7 +39,7 @@ def load_corpus(settings: PretrainSettings) -> Corpus:
     A run that continues uses the tokenizer that it keeps in its output directory.
 
     Raises:
-        FileNotFoundError, ValueError: see `text.read_documents` and `text.load_tokenizer`.
+        FileNotFoundError, ValueError: see `text.read_documents` and `tokenizers.load`.
     """
     documents = text.read_documents(settings.data)
     if len(documents) < 2:
@@ -48,15 +48,15 @@ def load_corpus(settings: PretrainSettings) -> Corpus:
         )
     train, held_out = text.split(documents, settings.held_out, settings.seed)
     output = Path(settings.output)
-    if not (checkpoints(output) and (output / text.TOKENIZER).exists()):
+    if not (checkpoints(output) and (output / tokenizers.FILE).exists()):
         # A tokenizer without a checkpoint is of a run that failed, maybe for its settings.
         if settings.tokenizer is not None:
-            tokenizer = text.load_tokenizer(settings.tokenizer)
+            tokenizer = tokenizers.load(settings.tokenizer)
         else:
-            tokenizer = text.train_tokenizer(train, settings.vocab_size, settings.lowercase)
-        text.save_tokenizer(tokenizer, output)
+            tokenizer = tokenizers.train(train, settings.vocab_size, settings.lowercase)
+        tokenizers.save(tokenizer, output)
     # As read back: a file rounds scores, and a run that continues must see the same tokens.
-    tokenizer = text.load_tokenizer(output)
+    tokenizer = tokenizers.load(output)
     length = settings.sequence_length
     return Corpus(
         tokenizer, text.pack(tokenizer, train, length), text.pack(tokenizer, held_out, length)
@@ -74,20 +74,19 @@ class ReplacedTokenDetection:
     def __init__(self, settings: PretrainSettings, corpus: Corpus):
         self.settings = settings
         self.corpus = corpus
-        special = {t: text.special_id(corpus.tokenizer, t) for t in text.SPECIAL_TOKENS}
-        self.pad_id = special[text.PAD]
+        special = {t: tokenizers.special_id(corpus.tokenizer, t) for t in tokenizers.SPECIAL_TOKENS}
+        self.pad_id = special[tokenizers.PAD]
         generator, discriminator = settings.configs(corpus.tokenizer.get_vocab_size(), self.pad_id)
         torch.manual_seed(settings.seed)
         self.pair = Pair(
             generator,
             discriminator,
             settings.tie,
-            mask_id=special[text.MASK],
-            special_ids=sorted(set(special.values()) - {special[text.UNK]}),
+            mask_id=special[tokenizers.MASK],
+            special_ids=sorted(set(special.values()) - {special[tokenizers.UNK]}),
             mask_fraction=settings.mask_fraction,
             temperature=settings.temperature,
         )
-        set_backend(self.pair, settings.backend)
         self.model: nn.Module = self.pair
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -160,7 +159,7 @@ class ReplacedTokenDetection:
         for name, model in models.items():
             (directory / name).mkdir(parents=True, exist_ok=True)
             model.save_pretrained(directory / name)
-            text.save_tokenizer(self.corpus.tokenizer, directory / name)
+            tokenizers.save(self.corpus.tokenizer, directory / name)
 
 
 def rtd_accuracies(logits: Tensor, replaced: Tensor) -> dict[str, float]:
@@ -201,13 +200,6 @@ def baselines(corpus: Corpus, special_ids: list[int]) -> dict[str, float]:
     }
 
 
-def set_backend(model: nn.Module, backend: str) -> None:
-    """Names the attention backend of every layer."""
-    for module in model.modules():
-        if isinstance(module, DisentangledAttention):
-            module.backend = backend
-
-
 def pretrain(settings: PretrainSettings, progress: Progress | None = None) -> dict[str, Any]:
     """From text to a generator and a discriminator in `settings.output`; resumes by itself.
 
@@ -220,7 +212,7 @@ def pretrain(settings: PretrainSettings, progress: Progress | None = None) -> di
     task = ReplacedTokenDetection(settings, load_corpus(settings))
     result = Trainer(task, settings, progress).run()
     task.export(Path(settings.output))
-    specials = [text.special_id(task.corpus.tokenizer, t) for t in text.SPECIAL_TOKENS]
+    specials = [tokenizers.special_id(task.corpus.tokenizer, t) for t in tokenizers.SPECIAL_TOKENS]
     result = {
         **result,
         "baseline": baselines(task.corpus, specials),

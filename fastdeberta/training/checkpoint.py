@@ -67,3 +67,10 @@ def checkpoints(output: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     found = [p for p in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+def remove_unfinished(output: Path) -> None:
+    """Removes what a killed run was writing when it died; see `files.atomic_directory`."""
+    for kind in ("writing", "replaced"):
+        for path in output.glob(f".checkpoint-*.{kind}-*"):
+            shutil.rmtree(path, ignore_errors=True)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..attention import set_backend
 from ..files import write_atomically
 from . import checkpoint
 from .optimizer import clip_gradients, make_optimizer, set_learning_rate
@@ -91,6 +92,7 @@ class Trainer:
         self.output = Path(settings.output)
         self.device = resolve_device(settings.device)
         self.model = task.model.to(self.device)
+        set_backend(self.model, settings.backend)
         self.optimizer = make_optimizer(task.parameter_groups(), settings)
         self.step = 0
         self.tokens_seen = 0
@@ -154,6 +156,7 @@ class Trainer:
 
     def _start_or_resume(self) -> None:
         resolved = to_yaml(self.settings)
+        checkpoint.remove_unfinished(self.output)
         saved = checkpoint.checkpoints(self.output)
         if saved:
             self._check_same_settings()
