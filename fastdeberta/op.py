@@ -5,6 +5,7 @@ autograd.Function; fastdeberta::forward and fastdeberta::backward are the one sc
 backend's name as last argument; the backend does the work.
 """
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -235,42 +236,17 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pos_key: Tensor | None = None,
-    pos_query: Tensor | None = None,
-    *,
-    relative_position: RelativePosition | None = None,
-    key_mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
-    causal: bool = False,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    padded_rows: str = "zeros",
-) -> Explanation:
-    """Which backend `disentangled_attention` with these arguments takes, and why.
+def explain(*args: Any, **kwargs: Any) -> Explanation:
+    """Which backend `disentangled_attention` takes for these arguments with "auto", and why.
 
-    Arguments and errors are those of `disentangled_attention`; nothing is computed.
+    Arguments and errors are those of `disentangled_attention`, of which `return_lse` and
+    `backend` play no part; nothing is computed.
     """
-    call = _prepare(
-        query,
-        key,
-        value,
-        pos_key,
-        pos_query,
-        relative_position,
-        key_mask,
-        cu_seqlens,
-        max_seqlen,
-        causal,
-        dropout_p,
-        softmax_scale,
-        padded_rows,
-    )
-    return Explanation(*backends.choose("auto", call.tensors[0], call.params))
+    call = inspect.signature(disentangled_attention).bind(*args, **kwargs)
+    call.apply_defaults()
+    arguments = {k: v for k, v in call.arguments.items() if k not in ("return_lse", "backend")}
+    prepared = _prepare(**arguments)
+    return Explanation(*backends.choose("auto", prepared.tensors[0], prepared.params))
 
 
 @dataclass(frozen=True)

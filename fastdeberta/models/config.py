@@ -76,7 +76,8 @@ class Config:
                 f"model_type must be one of {', '.join(MODEL_TYPES)}; got {self.model_type!r}"
             )
         if isinstance(self.pos_att_type, str):
-            self.pos_att_type = [t.strip() for t in self.pos_att_type.split("|") if t.strip()]
+            self.pos_att_type = self.pos_att_type.split("|")
+        self.pos_att_type = [term.strip() for term in self.pos_att_type if term.strip()]
         if self.embedding_size is None:
             self.embedding_size = self.hidden_size
         if self.hidden_size % self.num_attention_heads:

@@ -32,23 +32,27 @@ ARCHITECTURES = {
 }
 
 
+# What makes a DeBERTaV3, whatever its size.
+V3: dict[str, Any] = {
+    "model_type": "deberta-v2",
+    "relative_attention": True,
+    "position_biased_input": False,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_buckets": 256,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "legacy": False,
+}
+
+
 def _v3(layers: int, hidden: int, heads: int, **changes: Any) -> Config:
-    values: dict[str, Any] = {
-        "model_type": "deberta-v2",
+    size = {
         "hidden_size": hidden,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "intermediate_size": 4 * hidden,
-        "relative_attention": True,
-        "position_biased_input": False,
-        "pos_att_type": ["p2c", "c2p"],
-        "position_buckets": 256,
-        "norm_rel_ebd": "layer_norm",
-        "share_att_key": True,
-        "legacy": False,
-        **changes,
     }
-    return Config(**values)
+    return Config(**{**V3, **size, **changes})
 
 
 def v3_xsmall(**changes: Any) -> Config:

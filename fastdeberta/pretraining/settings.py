@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
-from ..models import Config
+from ..models import Config, deberta
 from ..training.settings import TrainSettings, convert, unknown_key
 from .pair import TIES
 from .text import EMBEDDED
@@ -71,16 +71,9 @@ class PretrainSettings(TrainSettings):
 
 # A DeBERTaV3 of a size for experiments; a config file changes what it wants.
 _SHAPE: dict[str, Any] = {
-    "model_type": "deberta-v2",
+    **deberta.V3,
     "hidden_size": 256,
     "num_hidden_layers": 6,
     "num_attention_heads": 4,
     "intermediate_size": 1024,
-    "relative_attention": True,
-    "position_biased_input": False,
-    "pos_att_type": ["p2c", "c2p"],
-    "position_buckets": 256,
-    "norm_rel_ebd": "layer_norm",
-    "share_att_key": True,
-    "legacy": False,
 }
