@@ -1,8 +1,8 @@
 """The oracle: composed PyTorch, any device, any floating dtype, forward and backward by hand.
 
-Scores are held whole ([H, B, L, L]), position terms in distance space: with one column a distance,
-c2p[i, j] = bands[i, j - i + L - 1], which is a strided view of the matrix product Q · tableᵀ. No
-index of L * L elements is ever made.
+Scores are held whole, for a few heads at a time; position terms in distance space: with one column
+a distance, c2p[i, j] = bands[i, j - i + L - 1], which is a strided view of the matrix product
+Q · tableᵀ. No index of L * L elements is ever made.
 float16 and bfloat16 inputs are computed in float32.
 """
 
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..dropout import keep_mask
 from . import AttentionParams
+
+_SCORES_AT_ONCE = 2**20
 
 
 def unavailable() -> str | None:
@@ -158,14 +160,16 @@ def _uniform_rows(probs: Tensor, grid: _Grid) -> Tensor:
     return torch.where(grid.valid[:, :, None], probs, average)
 
 
-def _keep_scale(grid: _Grid, heads: int, params: AttentionParams, probs: Tensor) -> Tensor | None:
-    """What dropout multiplies probabilities with, [H, B, L, L]; None: no dropout."""
+def _keep_scale(
+    grid: _Grid, heads: int, part: slice, params: AttentionParams, probs: Tensor
+) -> Tensor | None:
+    """What dropout multiplies the probabilities of `part` with, [h, B, L, L]; None: no dropout."""
     if params.rng_state is None:
         return None
     keep = keep_mask(
         params.rng_state, grid.batch, heads, grid.length, grid.length, params.dropout_p
     )
-    return keep.transpose(0, 1).to(probs.dtype) / (1 - params.dropout_p)
+    return keep[:, part].transpose(0, 1).to(probs.dtype) / (1 - params.dropout_p)
 
 
 def _position_terms(
@@ -174,6 +178,19 @@ def _position_terms(
     c2p = None if pos_key is None else _Positions(pos_key, params, -1)
     p2c = None if pos_query is None else _Positions(pos_query, params, 1)
     return c2p, p2c
+
+
+def _head_parts(query: Tensor, params: AttentionParams) -> list[slice]:
+    """Heads in groups whose scores fit a cache: memory used again costs no page faults."""
+    heads, length = query.size(1), params.max_seqlen
+    cu = params.cu_seqlens
+    batch = query.size(0) // max(length, 1) if cu is None else cu.numel() - 1
+    size = max(1, _SCORES_AT_ONCE // max(1, batch * length * length))
+    return [slice(head, head + size) for head in range(0, max(heads, 1), size)]
+
+
+def _cut(table: Tensor | None, part: slice) -> Tensor | None:
+    return None if table is None else table[:, part]
 
 
 def forward(
@@ -185,21 +202,21 @@ def forward(
     params: AttentionParams,
 ) -> tuple[Tensor, Tensor]:
     """out [T, H, D] and lse [H, T]; see the package's docstring."""
-    grid, heads = _grid(query, params), query.size(1)
-    q, k, v = grid.spread(query), grid.spread(key), grid.spread(value)
-    if query.numel() == 0:
-        return torch.empty_like(query).contiguous(), q.new_empty(heads, query.size(0))
-
-    scores = _scores(q, k, *_position_terms(pos_key, pos_query, params)).mul_(params.softmax_scale)
-    scores = _masked(scores, grid, params.causal)
-    lse = scores.logsumexp(-1)  # [H, B, L]
-    probs = _normalize(scores, lse)
-    if params.uniform_padding:
-        probs = _uniform_rows(probs, grid)
-    keep = _keep_scale(grid, heads, params, probs)
-    out = (probs if keep is None else probs * keep) @ v
-    lse = grid.gather(lse.unsqueeze(-1), lse.dtype)[..., 0].t().contiguous()
-    return grid.gather(out, query.dtype), lse
+    parts = [
+        _forward(
+            query[:, part],
+            key[:, part],
+            value[:, part],
+            _cut(pos_key, part),
+            _cut(pos_query, part),
+            params,
+            query.size(1),
+            part,
+        )
+        for part in _head_parts(query, params)
+    ]
+    out, lse = zip(*parts, strict=True)
+    return torch.cat(out, 1), torch.cat(lse)
 
 
 def backward(
@@ -214,7 +231,70 @@ def backward(
     params: AttentionParams,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query, key, value, pos_key and pos_query, from the saved lse."""
-    grid, heads = _grid(query, params), query.size(1)
+    parts = [
+        _backward(
+            dout[:, part],
+            query[:, part],
+            key[:, part],
+            value[:, part],
+            _cut(pos_key, part),
+            _cut(pos_query, part),
+            out[:, part],
+            lse[part],
+            params,
+            query.size(1),
+            part,
+        )
+        for part in _head_parts(query, params)
+    ]
+    dq, dk, dv, *tables = zip(*parts, strict=True)
+    dpos_key, dpos_query = (None if x[0] is None else torch.cat(x, 1) for x in tables)
+    return torch.cat(dq, 1), torch.cat(dk, 1), torch.cat(dv, 1), dpos_key, dpos_query
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pos_key: Tensor | None,
+    pos_query: Tensor | None,
+    params: AttentionParams,
+    heads: int,
+    part: slice,
+) -> tuple[Tensor, Tensor]:
+    """forward for the heads `part` of `heads`, which the tensors hold alone."""
+    grid = _grid(query, params)
+    q, k, v = grid.spread(query), grid.spread(key), grid.spread(value)
+    if query.numel() == 0:
+        return torch.empty_like(query).contiguous(), q.new_empty(query.size(1), query.size(0))
+
+    scores = _scores(q, k, *_position_terms(pos_key, pos_query, params)).mul_(params.softmax_scale)
+    scores = _masked(scores, grid, params.causal)
+    lse = scores.logsumexp(-1)  # [H, B, L]
+    probs = _normalize(scores, lse)
+    if params.uniform_padding:
+        probs = _uniform_rows(probs, grid)
+    keep = _keep_scale(grid, heads, part, params, probs)
+    out = (probs if keep is None else probs * keep) @ v
+    lse = grid.gather(lse.unsqueeze(-1), lse.dtype)[..., 0].t().contiguous()
+    return grid.gather(out, query.dtype), lse
+
+
+def _backward(
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pos_key: Tensor | None,
+    pos_query: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    params: AttentionParams,
+    heads: int,
+    part: slice,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """backward for the heads `part` of `heads`, which the tensors hold alone."""
+    grid = _grid(query, params)
     q, k, v, do = grid.spread(query), grid.spread(key), grid.spread(value), grid.spread(dout)
     if query.numel() == 0:
         dpos_key, dpos_query = (
@@ -227,7 +307,7 @@ def backward(
     scores = _scores(q, k, c2p, p2c).mul_(params.softmax_scale)
     rows = grid.spread(lse.t().unsqueeze(-1))[..., 0]
     probs = _normalize(_masked(scores, grid, params.causal), rows)
-    keep = _keep_scale(grid, heads, params, probs)
+    keep = _keep_scale(grid, heads, part, params, probs)
 
     used = _uniform_rows(probs, grid) if params.uniform_padding else probs
     dv = (used if keep is None else used * keep).transpose(-1, -2) @ do
