@@ -106,7 +106,7 @@ class _Positions:
         heads, batch, length, _ = content.shape
         bands = content.flatten(1, 2) @ self.table.transpose(1, 2)  # [H, B * L, n]
         if self.by_row:
-            bands = bands.index_select(-1, self.rows)
+            bands = bands.flatten(0, 1).index_select(1, self.rows)  # Much faster in two dimensions.
         return _skew(bands.view(heads, batch, length, -1))
 
     def backward(self, dscores: Tensor, content: Tensor) -> tuple[Tensor, Tensor]:
