@@ -82,6 +82,15 @@ def test_without_extensions_the_wheel_is_pure_and_holds_the_data(tree):
     assert not [name for name in files if name.startswith(("csrc/", "tests/"))]
 
 
+def test_the_wheel_holds_every_module_and_data_file(tree):
+    wheel, _ = build_wheel(tree, FASTDEBERTA_SKIP_EXT_BUILD="1")
+    package = ROOT / "fastdeberta"
+    kept = [p for p in package.rglob("*") if p.is_file() and p.suffix not in (".so", ".pyc")]
+    expected = {str(p.relative_to(ROOT)) for p in kept}
+    assert "fastdeberta/py.typed" in expected  # Of the source itself, not of the fixture.
+    assert expected <= files_of(wheel)
+
+
 def test_without_a_compiler_pure_python_is_installed(tree, tmp_path):
     status, output = pip(tree, ["install", "--target", str(tmp_path / "site")], **no_compiler(tree))
     assert status == 0, output

@@ -1,0 +1,1 @@
+"""Fine-tuning: labelled data, metrics, sequence classification."""

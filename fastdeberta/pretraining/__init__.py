@@ -1,0 +1,1 @@
+"""Pre-training: text, corruption, the generator-discriminator pair."""
