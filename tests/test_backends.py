@@ -112,3 +112,25 @@ def test_backends_see_the_call_as_the_op_resolved_it(registry):
 def test_uniform_rows_without_a_mask_are_nothing_to_a_backend(registry):
     disentangled_attention(*random_call(), relative_position=LOG, padded_rows="uniform")
     assert not registry.calls[0][-1].uniform_padding
+
+
+def test_reference_gives_the_same_by_any_number_of_heads_at_once(monkeypatch):
+    """Of the dropout mask too, each group of heads takes its own part."""
+    reference = backends.load("reference")
+    query, key, value = (torch.randn(2, 20, 3, 8, dtype=torch.float64) for _ in range(3))
+    tables = [torch.randn(16, 3, 8, dtype=torch.float64) for _ in range(2)]
+    inputs = [x.requires_grad_() for x in (query, key, value, *tables)]
+    results = []
+    for scores_at_once in (2**20, 1):
+        monkeypatch.setattr(reference, "_SCORES_AT_ONCE", scores_at_once)
+        torch.manual_seed(0)
+        out, lse = fastdeberta.disentangled_attention(
+            *inputs,
+            relative_position=fastdeberta.RelativePosition(8, 8, 16),
+            dropout_p=0.3,
+            return_lse=True,
+            backend="reference",
+        )
+        results.append([out, lse, *torch.autograd.grad(out.square().sum(), inputs)])
+    for whole, parts in zip(*results, strict=True):
+        torch.testing.assert_close(parts, whole)

@@ -160,16 +160,18 @@ def _uniform_rows(probs: Tensor, grid: _Grid) -> Tensor:
     return torch.where(grid.valid[:, :, None], probs, average)
 
 
-def _keep_scale(
-    grid: _Grid, heads: int, part: slice, params: AttentionParams, probs: Tensor
-) -> Tensor | None:
-    """What dropout multiplies the probabilities of `part` with, [h, B, L, L]; None: no dropout."""
+def _keep(grid: _Grid, heads: int, params: AttentionParams) -> Tensor | None:
+    """The probabilities that dropout keeps, bool [H, B, L, L]; None: no dropout."""
     if params.rng_state is None:
         return None
-    keep = keep_mask(
-        params.rng_state, grid.batch, heads, grid.length, grid.length, params.dropout_p
-    )
-    return keep[:, part].transpose(0, 1).to(probs.dtype) / (1 - params.dropout_p)
+    length = grid.length
+    keep = keep_mask(params.rng_state, grid.batch, heads, length, length, params.dropout_p)
+    return keep.transpose(0, 1)
+
+
+def _keep_scale(keep: Tensor | None, params: AttentionParams, probs: Tensor) -> Tensor | None:
+    """What dropout multiplies probabilities with, like them; None: no dropout."""
+    return None if keep is None else keep.to(probs.dtype) / (1 - params.dropout_p)
 
 
 def _position_terms(
@@ -180,12 +182,9 @@ def _position_terms(
     return c2p, p2c
 
 
-def _head_parts(query: Tensor, params: AttentionParams) -> list[slice]:
+def _head_parts(grid: _Grid, heads: int) -> list[slice]:
     """Heads in groups whose scores fit a cache: memory used again costs no page faults."""
-    heads, length = query.size(1), params.max_seqlen
-    cu = params.cu_seqlens
-    batch = query.size(0) // max(length, 1) if cu is None else cu.numel() - 1
-    size = max(1, _SCORES_AT_ONCE // max(1, batch * length * length))
+    size = max(1, _SCORES_AT_ONCE // max(1, grid.batch * grid.length**2))
     return [slice(head, head + size) for head in range(0, max(heads, 1), size)]
 
 
@@ -202,6 +201,8 @@ def forward(
     params: AttentionParams,
 ) -> tuple[Tensor, Tensor]:
     """out [T, H, D] and lse [H, T]; see the package's docstring."""
+    grid = _grid(query, params)
+    keep = _keep(grid, query.size(1), params)
     parts = [
         _forward(
             query[:, part],
@@ -210,10 +211,10 @@ def forward(
             _cut(pos_key, part),
             _cut(pos_query, part),
             params,
-            query.size(1),
-            part,
+            grid,
+            None if keep is None else keep[part],
         )
-        for part in _head_parts(query, params)
+        for part in _head_parts(grid, query.size(1))
     ]
     out, lse = zip(*parts, strict=True)
     return torch.cat(out, 1), torch.cat(lse)
@@ -231,6 +232,8 @@ def backward(
     params: AttentionParams,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query, key, value, pos_key and pos_query, from the saved lse."""
+    grid = _grid(query, params)
+    keep = _keep(grid, query.size(1), params)
     parts = [
         _backward(
             dout[:, part],
@@ -242,10 +245,10 @@ def backward(
             out[:, part],
             lse[part],
             params,
-            query.size(1),
-            part,
+            grid,
+            None if keep is None else keep[part],
         )
-        for part in _head_parts(query, params)
+        for part in _head_parts(grid, query.size(1))
     ]
     dq, dk, dv, *tables = zip(*parts, strict=True)
     dpos_key, dpos_query = (None if x[0] is None else torch.cat(x, 1) for x in tables)
@@ -259,11 +262,10 @@ def _forward(
     pos_key: Tensor | None,
     pos_query: Tensor | None,
     params: AttentionParams,
-    heads: int,
-    part: slice,
+    grid: _Grid,
+    keep: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """forward for the heads `part` of `heads`, which the tensors hold alone."""
-    grid = _grid(query, params)
+    """forward for some heads, which are all that the tensors hold."""
     q, k, v = grid.spread(query), grid.spread(key), grid.spread(value)
     if query.numel() == 0:
         return torch.empty_like(query).contiguous(), q.new_empty(query.size(1), query.size(0))
@@ -274,7 +276,7 @@ def _forward(
     probs = _normalize(scores, lse)
     if params.uniform_padding:
         probs = _uniform_rows(probs, grid)
-    keep = _keep_scale(grid, heads, part, params, probs)
+    keep = _keep_scale(keep, params, probs)
     out = (probs if keep is None else probs * keep) @ v
     lse = grid.gather(lse.unsqueeze(-1), lse.dtype)[..., 0].t().contiguous()
     return grid.gather(out, query.dtype), lse
@@ -290,11 +292,10 @@ def _backward(
     out: Tensor,
     lse: Tensor,
     params: AttentionParams,
-    heads: int,
-    part: slice,
+    grid: _Grid,
+    keep: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """backward for the heads `part` of `heads`, which the tensors hold alone."""
-    grid = _grid(query, params)
+    """backward for some heads, which are all that the tensors hold."""
     q, k, v, do = grid.spread(query), grid.spread(key), grid.spread(value), grid.spread(dout)
     if query.numel() == 0:
         dpos_key, dpos_query = (
@@ -307,7 +308,7 @@ def _backward(
     scores = _scores(q, k, c2p, p2c).mul_(params.softmax_scale)
     rows = grid.spread(lse.t().unsqueeze(-1))[..., 0]
     probs = _normalize(_masked(scores, grid, params.causal), rows)
-    keep = _keep_scale(grid, heads, part, params, probs)
+    keep = _keep_scale(keep, params, probs)
 
     used = _uniform_rows(probs, grid) if params.uniform_padding else probs
     dv = (used if keep is None else used * keep).transpose(-1, -2) @ do
