@@ -21,16 +21,27 @@ struct Philox4 {
   uint32_t word[4];
 };
 
+constexpr int kPhiloxRounds = 10;
+
+FASTDEBERTA_HOST_DEVICE void philox_round(uint32_t& word0, uint32_t& word1, uint32_t& word2,
+                                          uint32_t& word3, uint32_t key0, uint32_t key1) {
+  const uint64_t product0 = uint64_t{0xD2511F53u} * word0;
+  const uint64_t product1 = uint64_t{0xCD9E8D57u} * word2;
+  word0 = static_cast<uint32_t>(product1 >> 32) ^ word1 ^ key0;
+  word1 = static_cast<uint32_t>(product1);
+  word2 = static_cast<uint32_t>(product0 >> 32) ^ word3 ^ key1;
+  word3 = static_cast<uint32_t>(product0);
+}
+
+FASTDEBERTA_HOST_DEVICE void philox_bump(uint32_t& key0, uint32_t& key1) {
+  key0 += 0x9E3779B9u;
+  key1 += 0xBB67AE85u;
+}
+
 FASTDEBERTA_HOST_DEVICE Philox4 philox4x32_10(Philox4 counter, uint32_t key0, uint32_t key1) {
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = uint64_t{0xD2511F53u} * counter.word[0];
-    const uint64_t product1 = uint64_t{0xCD9E8D57u} * counter.word[2];
-    counter = {{static_cast<uint32_t>(product1 >> 32) ^ counter.word[1] ^ key0,
-                static_cast<uint32_t>(product1),
-                static_cast<uint32_t>(product0 >> 32) ^ counter.word[3] ^ key1,
-                static_cast<uint32_t>(product0)}};
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    philox_round(counter.word[0], counter.word[1], counter.word[2], counter.word[3], key0, key1);
+    philox_bump(key0, key1);
   }
   return counter;
 }

@@ -25,11 +25,12 @@ from ..relative_position import RowTable
 
 # Each module is imported when its backend is first asked for, so that optional dependencies are.
 MODULES = {
+    "cpu": "fastdeberta.backends.cpu",
     "reference": "fastdeberta.backends.reference",
 }
 
 # "auto" takes the first of these that can do the call.
-PREFERENCE: tuple[str, ...] = ("reference",)
+PREFERENCE = ("cpu", "reference")
 
 
 class AttentionParams(NamedTuple):

@@ -1,0 +1,565 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Backward pass of some keys of one head, from the saved log-sum-exp: scores and probabilities are
+// made again, tile by tile as in the forward pass.
+//
+//   dscores = probs · (dprobs - delta) · scale,   delta = rowsum(dout · out)
+//
+// Gradients of the bands gather by table row (the mirror of the skew) and are multiplied with
+// tables and contents once a super-tile. A far super-tile has one table row: there row sums and
+// column sums of dscores are all that its position terms need.
+#pragma once
+
+#include "tile.h"
+
+namespace fastdeberta::cpu {
+namespace {
+
+template <class T>
+struct BackwardScratch {
+  using Word = typename T::Word;
+  // Rows are [n][words]; transposed ones [words][kBlockM] a block; paired ones as pair_rows makes.
+  Word *query_rows, *queries, *query_pairs, *dout_rows, *douts, *dout_pairs, *shifted;
+  Word *key_rows, *key_pairs, *value_rows;
+  Word *probs, *dscores_by_query, *dscores_by_key, *band_rows, *band_pairs;
+  float *c2p, *p2c, *dc2p, *dp2c, *scores, *dscores;
+  float *dkey, *dvalue, *dquery, *dqueries, *lse, *delta;
+  float *far, *du, *dw, *line, *line2, *dpos_key, *dpos_query;
+
+  size_t carve(char* data, int dim, int64_t band_stride, int table_rows, int64_t queries_at_most) {
+    Arena arena(data);
+    const int words = dim / T::kPerWord;
+    const bool paired = T::kPerWord > 1;
+    query_rows = arena.take<Word>(kSuperM * words);
+    queries = arena.take<Word>(kSuperM * words);
+    query_pairs = arena.take<Word>(paired ? kSuperM * words : 0);
+    dout_rows = arena.take<Word>(kSuperM * words);
+    douts = arena.take<Word>(kSuperM * words);
+    dout_pairs = arena.take<Word>(paired ? kSuperM * words : 0);
+    shifted = arena.take<Word>(kBlockM * words);
+    key_rows = arena.take<Word>(kSuperN * words);
+    key_pairs = arena.take<Word>(paired ? kSuperN * words : 0);
+    value_rows = arena.take<Word>(kSuperN * words);
+    const int tile = kBlockN * kBlockM, pairs = paired ? tile / 2 : 0;
+    probs = arena.take<Word>(pairs);
+    dscores_by_query = arena.take<Word>(pairs);
+    dscores_by_key = arena.take<Word>(pairs);
+    const int64_t band = kSuperM * band_stride;
+    static_assert(kSuperM == kSuperN, "one size of band serves queries and keys");
+    band_rows = arena.take<Word>(paired ? band / 2 : 0);
+    band_pairs = arena.take<Word>(paired ? band / 2 : 0);
+    c2p = arena.take<float>(band + kGroup);
+    p2c = arena.take<float>(band + kGroup);
+    dc2p = arena.take<float>(band + kGroup);
+    dp2c = arena.take<float>(band + kGroup);
+    scores = arena.take<float>(tile);
+    dscores = arena.take<float>(tile);
+    dkey = arena.take<float>(kSuperN * dim);
+    dvalue = arena.take<float>(kSuperN * dim);
+    dqueries = arena.take<float>(kBlockM * dim);
+    far = arena.take<float>(kBlockM);
+    du = arena.take<float>(2 * kSuperM);
+    dw = arena.take<float>(2 * kSuperN);
+    line = arena.take<float>(dim);
+    line2 = arena.take<float>(dim);
+    dpos_key = arena.take<float>(static_cast<int64_t>(round_up(table_rows, kPanel)) * dim);
+    dpos_query = arena.take<float>(static_cast<int64_t>(round_up(table_rows, kPanel)) * dim);
+    dquery = arena.take<float>(queries_at_most * dim);
+    lse = arena.take<float>(queries_at_most);
+    delta = arena.take<float>(queries_at_most);
+    return arena.used();
+  }
+};
+
+// Probabilities and dscores of one tile from scores and dprobs, both in place; for bfloat16 also as
+// the words that products read.
+//
+// lse: log2(e) times the log-sum-exp, +inf for queries that attend to nothing.
+template <class T>
+void score_gradients(const BackwardScratch<T>& w, int keys, int lanes, float c, float scale,
+                     float keep_scale, const float* u, const float* lse, const float* delta,
+                     const DropoutBits* dropout) {
+  for (int i = 0; i < lanes; i += kLanes) {
+    const Vec shift = u ? sub(load(lse + i), mul(load(u + i), set1(c))) : load(lse + i);
+    const Vec row_delta = load(delta + i), log_scale = set1(c), factor = set1(scale);
+    const auto one = [&](int j, Vec& p, Vec& ds) {
+      const int at = j * kBlockM + i;
+      p = exp2(fms(load(w.scores + at), log_scale, shift));
+      Vec dp = load(w.dscores + at);
+      if (dropout) {
+        const unsigned bits = dropout->of(j, i);
+        dp = keep(mul(dp, set1(keep_scale)), bits);
+        ds = mul(mul(p, factor), sub(dp, row_delta));
+        p = keep(mul(p, set1(keep_scale)), bits);
+      } else {
+        ds = mul(mul(p, factor), sub(dp, row_delta));
+      }
+      store(w.dscores + at, ds);
+    };
+    if constexpr (T::kPerWord == 1) {
+      for (int j = 0; j < keys; ++j) {
+        Vec p, ds;
+        one(j, p, ds);
+        store(w.scores + j * kBlockM + i, p);
+      }
+    } else {
+#ifdef FD_BF16
+      for (int j = 0; j < keys; j += 2) {
+        Vec p0, p1, ds0, ds1;
+        one(j, p0, ds0);
+        one(j + 1, p1, ds1);
+        store_pairs(w.dscores_by_key + j / 2 * kBlockM + i, ds0, ds1);
+        const int at = (j * kBlockM + i) / 2;
+        store_bf16(w.probs + at, p0), store_bf16(w.probs + at + kBlockM / 2, p1);
+        store_bf16(w.dscores_by_query + at, ds0);
+        store_bf16(w.dscores_by_query + at + kBlockM / 2, ds1);
+      }
+#endif
+    }
+  }
+}
+
+// Sums of dscores over keys and over queries, for a tile with one table row.
+inline void add_sums(const float* dscores, int keys, int lanes, float* du, float* dw) {
+  for (int j = 0; j < keys; ++j) {
+    Vec total = zero();
+    for (int i = 0; i < lanes; i += kLanes) {
+      const Vec ds = load(dscores + j * kBlockM + i);
+      total = add(total, ds);
+      store(du + i, add(load(du + i), ds));
+    }
+    dw[j] += sum(total);
+  }
+}
+
+// a += x · b
+FD_INLINE void add_scaled(float* a, float x, const float* b, int dim) {
+  const Vec factor = set1(x);
+  for (int d = 0; d < dim; d += kLanes) store(a + d, fma(factor, load(b + d), load(a + d)));
+}
+
+// What a band's gradient adds to its contents and to its table:
+//   dcontent += dband · table,   dtable += dbandᵀ · content
+template <class T, class Met>
+void multiply_band(const BackwardScratch<T>& w, const Band& dband, int base, int count, int dim,
+                   const typename T::Word* content_pairs, const typename T::Word* table_pairs,
+                   float* dcontent, float* dtable, const Met& met) {
+  using Word = typename T::Word;
+  // Rows of the content that a block of the second product sums over: its panel of them is read
+  // from the nearest cache.
+  constexpr int kChunk = 64;
+  const Word *rows = nullptr, *columns = nullptr;
+  int64_t row_stride = 0, column_stride = 0;
+  if constexpr (T::kPerWord == 1) {
+    rows = columns = dband.data;
+    row_stride = column_stride = dband.stride;
+  } else {
+#ifdef FD_BF16
+    // Both products sum over pairs: of table rows, and of contents.
+    row_stride = dband.stride / 2, column_stride = dband.stride;
+    rows = w.band_rows - base / 2, columns = w.band_pairs - base;
+    for (int i = 0; i < count; i += 2) {
+      const Rows r = met(i & ~(kGroup - 1));
+      for (int n = r.begin; n < r.end; n += kGroup) {
+        const Vec even = load(dband.row(i) + n), odd = load(dband.row(i + 1) + n);
+        uint32_t* row = w.band_rows + i * row_stride + (n - base) / 2;
+        store_bf16(row, even);
+        store_bf16(row + row_stride, odd);
+        store_pairs(w.band_pairs + i / 2 * column_stride + (n - base), even, odd);
+      }
+    }
+#endif
+  }
+  Rows all = met(0);
+  for (int i = 0; i < count; i += kGroup) {
+    const Rows r = met(i);
+    all = {std::min(all.begin, r.begin), std::max(all.end, r.end)};
+    gemm<T, true>(kGroup, dim, (r.end - r.begin) / T::kPerWord,
+                  rows + i * row_stride + r.begin / T::kPerWord, row_stride, 1,
+                  table_pairs + static_cast<int64_t>(r.begin) / T::kPerWord * dim, dim,
+                  dcontent + static_cast<int64_t>(i) * dim, dim);
+  }
+  for (int chunk = 0; chunk < count; chunk += kChunk) {
+    const int chunk_end = std::min(chunk + kChunk, count);
+    for (int n = all.begin; n < all.end; n += kGroup) {
+      int first = chunk_end, last = chunk;
+      for (int i = chunk; i < chunk_end; i += kGroup) {
+        const Rows r = met(i);
+        if (n < r.begin || n >= r.end) continue;
+        first = std::min(first, i), last = i + kGroup;
+      }
+      if (first >= last) continue;
+      gemm<T, true>(kGroup, dim, (last - first) / T::kPerWord,
+                    columns + first / T::kPerWord * column_stride + n, 1, column_stride,
+                    content_pairs + static_cast<int64_t>(first) / T::kPerWord * dim, dim,
+                    dtable + static_cast<int64_t>(n) * dim, dim);
+    }
+  }
+}
+
+template <class Met>
+void clear_band(const Band& band, int count, const Met& met) {
+  for (int i = 0; i < count; ++i) {
+    const Rows rows = met(i & ~(kGroup - 1));
+    // A vector's unused lanes are written too, as they were.
+    std::memset(band.row(i) + rows.begin, 0, (rows.end - rows.begin + kGroup) * sizeof(float));
+  }
+}
+
+template <class T, class S>
+class BackwardHead {
+ public:
+  using Word = typename T::Word;
+
+  BackwardHead(const Call& call, int head, const BackwardScratch<T>& scratch,
+               const DropoutRule* rule)
+      : call_(call), p_(call.p), w_(scratch), rule_(rule), head_(head) {
+    dim_ = padded_dim<T>(p_.head_dim);
+    words_ = dim_ / T::kPerWord;
+    has_c2p_ = p_.pos_key.data, has_p2c_ = p_.pos_query.data;
+    const int64_t table_words = round_up(p_.table_rows, kPanel) * words_;
+    const auto table = [&](char* data) {
+      return reinterpret_cast<const Word*>(data) + head * table_words;
+    };
+    if (has_c2p_) key_panels_ = table(call.key_panels), key_table_ = table(call.key_rows);
+    if (has_p2c_) query_panels_ = table(call.query_panels), query_table_ = table(call.query_rows);
+  }
+
+  void run(const BackwardPart& part, float* dquery_share) {
+    const size_t table_bytes = sizeof(float) * p_.table_rows * dim_;
+    if (has_c2p_) std::memset(w_.dpos_key, 0, table_bytes);
+    if (has_p2c_) std::memset(w_.dpos_query, 0, table_bytes);
+    for (int n = part.first; n < part.last; ++n) {
+      const Sequence& sequence = call_.sequences[n];
+      if (sequence.begin == sequence.end) continue;
+      const int begin = sequence.aligned_begin();
+      const int supers = static_cast<int>(round_up(sequence.end - begin, kSuperN)) / kSuperN;
+      start(sequence);
+      for (int s = supers * part.share / part.shares; s < supers * (part.share + 1) / part.shares;
+           ++s) {
+        keys(sequence, n, begin + s * kSuperN);
+      }
+      finish(sequence, dquery_share);
+    }
+  }
+
+ private:
+  // What all keys of a sequence need of its queries.
+  void start(const Sequence& sequence) {
+    const int begin = sequence.aligned_begin();
+    const int count = static_cast<int>(round_up(sequence.end - begin, kGroup));
+    std::memset(w_.dquery, 0, sizeof(float) * count * dim_);
+    for (int i = 0; i < count; ++i) {
+      const int query = begin + i;
+      const int64_t token = sequence.start + query;
+      const bool attends = query >= sequence.begin && query < sequence.end &&
+                           (!p_.key_mask || p_.key_mask[token]) &&
+                           p_.lse[head_ * p_.tokens + token] != -INFINITY;
+      w_.lse[i] = attends ? p_.lse[head_ * p_.tokens + token] * kLog2E : INFINITY;
+      w_.delta[i] = 0.0f;
+      if (!attends) continue;
+      to_float(at<S>(p_.dout, token, head_), w_.line, p_.head_dim);
+      to_float(static_cast<const S*>(p_.out) + (token * p_.heads + head_) * p_.head_dim, w_.line2,
+               p_.head_dim);
+      for (int d = p_.head_dim; d < dim_; ++d) w_.line[d] = w_.line2[d] = 0.0f;
+      Vec total = zero();
+      for (int d = 0; d < dim_; d += kLanes) {
+        total = fma(load(w_.line + d), load(w_.line2 + d), total);
+      }
+      w_.delta[i] = sum(total);
+    }
+  }
+
+  void finish(const Sequence& sequence, float* share) {
+    const int begin = sequence.aligned_begin();
+    for (int query = sequence.begin; query < sequence.end; ++query) {
+      const float* from = w_.dquery + static_cast<int64_t>(query - begin) * dim_;
+      const int64_t to = ((sequence.start + query) * p_.heads + head_) * p_.head_dim;
+      if (share) {
+        std::memcpy(share + to, from, p_.head_dim * sizeof(float));
+      } else {
+        from_float(from, static_cast<S*>(p_.dquery) + to, p_.head_dim);
+      }
+    }
+  }
+
+  // One super-tile of keys against all queries.
+  void keys(const Sequence& sequence, int n, int super) {
+    const int count = std::min(kSuperN, sequence.end - super);
+    const int keys = static_cast<int>(round_up(count, kGroup));
+    pack_rows<T>(at<S>(p_.key, sequence.start + super, head_), p_.key.stride, count, keys,
+                 p_.head_dim, w_.key_rows);
+    pack_rows<T>(at<S>(p_.value, sequence.start + super, head_), p_.value.stride, count, keys,
+                 p_.head_dim, w_.value_rows);
+    key_pairs_ = pair_rows<T>(w_.key_rows, keys, words_, w_.key_pairs);
+    list_.fill(p_, sequence, super, keys);
+    std::memset(w_.dkey, 0, sizeof(float) * keys * dim_);
+    std::memset(w_.dvalue, 0, sizeof(float) * keys * dim_);
+
+    const int begin = sequence.aligned_begin();
+    const int first = p_.causal ? begin + (super - begin) / kSuperM * kSuperM : begin;
+    for (int query = first; query < sequence.end; query += kSuperM) {
+      super_tile(sequence, n, query, super, keys);
+    }
+
+    for (int j = 0; j < count; ++j) {
+      const int key = super + j;
+      if (key < sequence.begin) continue;
+      const int64_t to = ((sequence.start + key) * p_.heads + head_) * p_.head_dim;
+      from_float(w_.dkey + j * dim_, static_cast<S*>(p_.dkey) + to, p_.head_dim);
+      from_float(w_.dvalue + j * dim_, static_cast<S*>(p_.dvalue) + to, p_.head_dim);
+    }
+  }
+
+  void super_tile(const Sequence& sequence, int n, int query_begin, int super, int keys) {
+    const Positions& positions = call_.positions;
+    const int count = std::min(kSuperM, sequence.end - query_begin);
+    const int queries = static_cast<int>(round_up(count, kGroup));
+    const int offset = query_begin - sequence.aligned_begin();
+    pack(w_.query_rows, w_.queries, p_.query, sequence.start + query_begin, count, queries);
+    pack(w_.dout_rows, w_.douts, p_.dout, sequence.start + query_begin, count, queries);
+    query_pairs_ = pair_rows<T>(w_.query_rows, queries, words_, w_.query_pairs);
+    dout_pairs_ = pair_rows<T>(w_.dout_rows, queries, words_, w_.dout_pairs);
+
+    const int low = query_begin - (super + keys - 1), high = query_begin + queries - 1 - super;
+    const bool has_positions = has_c2p_ || has_p2c_;
+    const bool is_near = has_positions && !positions.is_far(low, high);
+    const auto met_by_query = [&](int i) {
+      return rows_met(positions, low + i, query_begin + i + kGroup - 1 - super);
+    };
+    const auto met_by_key = [&](int j) {
+      return rows_met(positions, query_begin - (super + j + kGroup - 1), high - j);
+    };
+    Band c2p, p2c, dc2p, dp2c;
+    int base = 0;
+    if (is_near) {
+      base = rows_met(positions, low, high).begin;
+      if (has_c2p_) {
+        c2p = {w_.c2p - base, call_.band_stride}, dc2p = {w_.dc2p - base, call_.band_stride};
+        make_band<T>(w_.query_rows, queries, words_, key_panels_, c2p, met_by_query);
+        clear_band(dc2p, queries, met_by_query);
+      }
+      if (has_p2c_) {
+        p2c = {w_.p2c - base, call_.band_stride}, dp2c = {w_.dp2c - base, call_.band_stride};
+        make_band<T>(w_.key_rows, keys, words_, query_panels_, p2c, met_by_key);
+        clear_band(dp2c, keys, met_by_key);
+      }
+    }
+    // Sums of far tiles, for either side of saturation.
+    bool is_summed[2] = {false, false};
+    int far_row[2] = {0, 0};
+
+    for (int i = 0; i < queries; i += kBlockM) {
+      const int lanes = std::min(kBlockM, queries - i), query = query_begin + i;
+      const Word* content = w_.queries + static_cast<int64_t>(i) * words_;
+      const Word* douts = w_.douts + static_cast<int64_t>(i) * words_;
+      FarQueries<T> far{content, w_.shifted, w_.far};
+      bool first = true;
+      for (int j = 0; j < keys; j += kBlockN) {
+        const int key = super + j, tile_keys = std::min(kBlockN, keys - j);
+        if (p_.causal && key > query + lanes - 1) break;
+        const int distance = query - key;
+        const bool tile_near =
+            is_near && !positions.is_far(distance - tile_keys + 1, distance + lanes - 1);
+        const Word* key_rows = w_.key_rows + static_cast<int64_t>(j) * words_;
+        const float* u = nullptr;
+        const auto rows_of = [](const Band& band, int row) {
+          return Band{band.data ? band.row(row) : nullptr, band.stride};
+        };
+        if (tile_near) {
+          skew<false>(positions, distance, rows_of(c2p, i), rows_of(p2c, j), w_.scores, tile_keys,
+                      lanes);
+          gemm<T, true>(tile_keys, lanes, words_, key_rows, words_, 1, content, kBlockM, w_.scores,
+                        kBlockM);
+        } else {
+          const Word* seen = content;
+          if (has_positions) {
+            far.prepare(positions.row(distance), words_, lanes, key_panels_, query_panels_);
+            seen = has_p2c_ ? w_.shifted : content;
+            u = has_c2p_ ? w_.far : nullptr;
+          }
+          gemm<T, false>(tile_keys, lanes, words_, key_rows, words_, 1, seen, kBlockM, w_.scores,
+                         kBlockM);
+        }
+        gemm<T, false>(tile_keys, lanes, words_, w_.value_rows + static_cast<int64_t>(j) * words_,
+                       words_, 1, douts, kBlockM, w_.dscores, kBlockM);
+        mask_scores(w_.scores, tile_keys, lanes,
+                    list_.any_dead[j / kBlockN] ? list_.dead + j : nullptr, p_.causal, query, key);
+        if (rule_) {
+          dropout_.fill(*rule_, static_cast<uint32_t>(n * p_.heads + head_), query, key, tile_keys,
+                        lanes);
+        }
+        score_gradients<T>(w_, tile_keys, lanes, p_.softmax_scale * kLog2E, p_.softmax_scale,
+                           static_cast<float>(1.0 / (1.0 - p_.dropout_p)), u, w_.lse + offset + i,
+                           w_.delta + offset + i, rule_ ? &dropout_ : nullptr);
+        content_gradients(i, j, tile_keys, lanes, first);
+        first = false;
+        if (tile_near) {
+          skew<true>(positions, distance, rows_of(dc2p, i), rows_of(dp2c, j), w_.dscores,
+                     tile_keys, lanes);
+        } else if (has_positions) {
+          const int side = distance > 0;
+          if (!is_summed[side]) {
+            is_summed[side] = true;
+            far_row[side] = positions.row(distance);
+            std::memset(w_.du + side * kSuperM, 0, sizeof(float) * kSuperM);
+            std::memset(w_.dw + side * kSuperN, 0, sizeof(float) * kSuperN);
+          }
+          add_sums(w_.dscores, tile_keys, lanes, w_.du + side * kSuperM + i,
+                   w_.dw + side * kSuperN + j);
+        }
+      }
+      if (!first) add_transposed(w_.dquery + static_cast<int64_t>(offset + i) * dim_, lanes);
+    }
+
+    float* dquery = w_.dquery + static_cast<int64_t>(offset) * dim_;
+    if (dc2p.data) {
+      multiply_band<T>(w_, dc2p, base, queries, dim_, query_pairs_, key_table_, dquery,
+                       w_.dpos_key, met_by_query);
+    }
+    if (dp2c.data) {
+      multiply_band<T>(w_, dp2c, base, keys, dim_, key_pairs_, query_table_, w_.dkey,
+                       w_.dpos_query, met_by_key);
+    }
+    for (int side = 0; side < 2; ++side) {
+      if (!is_summed[side]) continue;
+      if (has_c2p_) {
+        far_gradients(p_.pos_key, far_row[side], p_.query, sequence.start + query_begin, count,
+                      w_.du + side * kSuperM, dquery, w_.dpos_key);
+      }
+      if (has_p2c_) {
+        far_gradients(p_.pos_query, far_row[side], p_.key, sequence.start + super,
+                      std::min(keys, sequence.end - super), w_.dw + side * kSuperN, w_.dkey,
+                      w_.dpos_query);
+      }
+    }
+  }
+
+  void pack(Word* rows, Word* transposed, const HeadsView& from, int64_t token, int count,
+            int padded) {
+    pack_rows<T>(at<S>(from, token, head_), from.stride, count, padded, p_.head_dim, rows);
+    for (int i = 0; i < padded; i += kBlockM) {
+      transpose_words<T>(rows + static_cast<int64_t>(i) * words_, std::min(kBlockM, padded - i),
+                         words_, transposed + static_cast<int64_t>(i) * words_, kBlockM);
+    }
+  }
+
+  // dvalue += probsᵀ · dout, dkey += dscoresᵀ · query, dqueries (+)= keyᵀ · dscores
+  void content_gradients(int i, int j, int keys, int lanes, bool first) {
+    const Word *probs, *by_query, *by_key;
+    if constexpr (T::kPerWord == 1) {
+      probs = w_.scores, by_query = by_key = w_.dscores;
+    } else {
+      probs = w_.probs, by_query = w_.dscores_by_query, by_key = w_.dscores_by_key;
+    }
+    constexpr int kStride = kBlockM / T::kPerWord;
+    const int depth = lanes / T::kPerWord;
+    const int64_t pairs = static_cast<int64_t>(i) / T::kPerWord * dim_;
+    const int64_t row = static_cast<int64_t>(j) * dim_;
+    gemm<T, true>(keys, dim_, depth, probs, kStride, 1, dout_pairs_ + pairs, dim_, w_.dvalue + row,
+                  dim_);
+    gemm<T, true>(keys, dim_, depth, by_query, kStride, 1, query_pairs_ + pairs, dim_,
+                  w_.dkey + row, dim_);
+    const Word* tile_keys = key_pairs_ + row / T::kPerWord;
+    if (first) {
+      gemm<T, false>(dim_, lanes, keys / T::kPerWord, tile_keys, 1, dim_, by_key, kBlockM,
+                     w_.dqueries, kBlockM);
+    } else {
+      gemm<T, true>(dim_, lanes, keys / T::kPerWord, tile_keys, 1, dim_, by_key, kBlockM,
+                    w_.dqueries, kBlockM);
+    }
+  }
+
+  // to[lane][d] += dqueries[d][lane]
+  void add_transposed(float* to, int lanes) {
+    for (int i = 0; i < lanes; i += kLanes) {
+      for (int d = 0; d < dim_; d += kLanes) {
+        Vec block[kLanes];
+        FD_UNROLL
+        for (int s = 0; s < kLanes; ++s) block[s] = load(w_.dqueries + (d + s) * kBlockM + i);
+        transpose(block);
+        FD_UNROLL
+        for (int s = 0; s < kLanes; ++s) {
+          float* line = to + static_cast<int64_t>(i + s) * dim_ + d;
+          store(line, add(load(line), block[s]));
+        }
+      }
+    }
+  }
+
+  // dcontent[n] += x[n] · table[row], dtable[row] += sum_n x[n] · content[n]
+  void far_gradients(const HeadsView& table, int row, const HeadsView& content, int64_t token,
+                     int count, const float* x, float* dcontent, float* dtable) {
+    for (int d = p_.head_dim; d < dim_; ++d) w_.line[d] = w_.line2[d] = 0.0f;
+    to_float(at<S>(table, row, head_), w_.line, p_.head_dim);
+    for (int n = 0; n < count; ++n) {
+      to_float(at<S>(content, token + n, head_), w_.line2, p_.head_dim);
+      add_scaled(dcontent + static_cast<int64_t>(n) * dim_, x[n], w_.line, dim_);
+      add_scaled(dtable + static_cast<int64_t>(row) * dim_, x[n], w_.line2, dim_);
+    }
+  }
+
+  const Call& call_;
+  const AttentionParams& p_;
+  const BackwardScratch<T>& w_;
+  const DropoutRule* rule_;
+  const int head_;
+  int dim_, words_;
+  bool has_c2p_, has_p2c_;
+  const Word *key_panels_ = nullptr, *query_panels_ = nullptr;
+  const Word *key_table_ = nullptr, *query_table_ = nullptr;
+  const Word *key_pairs_, *query_pairs_, *dout_pairs_;
+  KeyList list_;
+  DropoutBits dropout_;
+};
+
+template <class S>
+void write_table(const AttentionParams& p, int head, const float* from, int dim, float* shared,
+                 void* to) {
+  for (int r = 0; r < p.table_rows; ++r) {
+    const int64_t at = (static_cast<int64_t>(r) * p.heads + head) * p.head_dim;
+    const float* row = from + static_cast<int64_t>(r) * dim;
+    if (shared) {
+      std::memcpy(shared + at, row, p.head_dim * sizeof(float));
+    } else {
+      from_float(row, static_cast<S*>(to) + at, p.head_dim);
+    }
+  }
+}
+
+template <class T, class S>
+void backward_worker(Call& call) {
+  static thread_local Scratch scratch;
+  const AttentionParams& p = call.p;
+  const int dim = padded_dim<T>(p.head_dim);
+  int64_t longest = 0;
+  for (const Sequence& s : call.sequences) {
+    longest = std::max<int64_t>(longest, round_up(s.end - s.aligned_begin(), kGroup));
+  }
+  const auto carve = [&](BackwardScratch<T>& w, char* data) {
+    return w.carve(data, dim, call.band_stride, p.table_rows, longest);
+  };
+  BackwardScratch<T> w;
+  carve(w, scratch.reserve(carve(w, nullptr)));
+  std::optional<DropoutRule> rule;
+  if (p.rng_state) rule.emplace(p.rng_state, p.dropout_p);
+  const int64_t parts = static_cast<int64_t>(call.parts.size());
+  const int64_t table = static_cast<int64_t>(p.table_rows) * p.heads * p.head_dim;
+  for (int64_t n; (n = call.next.fetch_add(1)) < parts * p.heads;) {
+    const int64_t index = n % parts;
+    const int head = static_cast<int>(n / parts);
+    const BackwardPart& part = call.parts[index];
+    float* share =
+        call.dquery ? call.dquery + part.share * p.tokens * p.heads * p.head_dim : nullptr;
+    BackwardHead<T, S>(call, head, w, rule ? &*rule : nullptr).run(part, share);
+    float* shared = call.dtables ? call.dtables + index * 2 * table : nullptr;
+    if (p.pos_key.data) write_table<S>(p, head, w.dpos_key, dim, shared, p.dpos_key);
+    if (p.pos_query.data) {
+      write_table<S>(p, head, w.dpos_query, dim, shared ? shared + table : nullptr, p.dpos_query);
+    }
+  }
+  scratch.trim();
+}
+
+}  // namespace
+}  // namespace fastdeberta::cpu

@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Position terms. A band holds, for each content vector of a super-tile, its products with the
+// table rows that it meets there; a score reads the row of its distance. Along a row of scores the
+// distance grows by one a lane, and so a vector of scores is a vector of the band at an offset
+// (linear distances), or that vector with some lanes repeated (logarithmic ones): the skew.
+#pragma once
+
+#include <algorithm>
+
+#include "pack.h"
+
+namespace fastdeberta::cpu {
+namespace {
+
+// data[i * stride + r]: vector i times table row r, r absolute. Null: the term is off.
+struct Band {
+  float* data = nullptr;
+  int64_t stride = 0;
+  float* row(int i) const { return data + i * stride; }
+};
+
+// Table rows in whole groups.
+struct Rows {
+  int begin, end;
+};
+
+inline Rows rows_met(const Positions& positions, int64_t low, int64_t high) {
+  return {round_down_to_group(positions.row(low)),
+          static_cast<int>(round_up(positions.row(high) + 1, kGroup))};
+}
+
+// How the distances of a block of kGroup x kGroup scores choose rows.
+enum class Slope { kConstant, kLinear, kBuckets, kJumps };
+
+inline Slope slope_of(const Positions& positions, int distance) {
+  const int low = positions.row(distance - (kGroup - 1));
+  const int high = positions.row(distance + (kGroup - 1));
+  if (low == high) return Slope::kConstant;
+  if (high - low == 2 * (kGroup - 1) && !positions.has_jumps()) return Slope::kLinear;
+  return positions.has_jumps() ? Slope::kJumps : Slope::kBuckets;
+}
+
+// The scores of kLanes consecutive distances from `row` on.
+template <Slope kSlope>
+FD_INLINE Vec read_band(const float* band, const int32_t* row) {
+  if constexpr (kSlope == Slope::kConstant) {
+    return set1(band[*row]);
+  } else if constexpr (kSlope == Slope::kLinear) {
+    return load(band + *row);
+  } else if constexpr (kSlope == Slope::kBuckets) {
+    return load_rows(band + *row, row);
+  } else {
+    float lanes[kLanes];
+    for (int t = 0; t < kLanes; ++t) lanes[t] = band[row[t]];
+    return load(lanes);
+  }
+}
+
+// The mirror of read_band.
+template <Slope kSlope>
+FD_INLINE void add_to_band(float* band, const int32_t* row, Vec x) {
+  if constexpr (kSlope == Slope::kConstant) {
+    band[*row] += sum(x);
+  } else if constexpr (kSlope == Slope::kLinear) {
+    store(band + *row, add(load(band + *row), x));
+  } else if constexpr (kSlope == Slope::kBuckets) {
+    add_rows(band + *row, row, x);
+  } else {
+    float lanes[kLanes];
+    store(lanes, x);
+    for (int t = 0; t < kLanes; ++t) band[row[t]] += lanes[t];
+  }
+}
+
+// scores[j][i] = c2p(i, j) + p2c(i, j) for kLanes x kLanes scores; `row` is that of i - j at the
+// block's first query and key. Position terms begin the sum to which q·k is added.
+template <Slope kSlope>
+FD_INLINE void skew_block(const int32_t* row, const Band& c2p, const Band& p2c, float* scores) {
+  Vec queries[kLanes];  // reversed keys in lanes, so that distances ascend; then transposed
+  if (c2p.data) {
+    FD_UNROLL
+    for (int i = 0; i < kLanes; ++i) {
+      queries[i] = read_band<kSlope>(c2p.row(i), row + i - (kLanes - 1));
+    }
+    transpose(queries);
+  }
+  FD_UNROLL
+  for (int j = 0; j < kLanes; ++j) {
+    Vec x = c2p.data ? queries[kLanes - 1 - j] : zero();
+    if (p2c.data) x = add(x, read_band<kSlope>(p2c.row(j), row - j));
+    store(scores + j * kBlockM, x);
+  }
+}
+
+// Adds gradients of kLanes x kLanes scores to both bands: the mirror of skew_block.
+template <Slope kSlope>
+FD_INLINE void unskew_block(const int32_t* row, const Band& dc2p, const Band& dp2c,
+                            const float* dscores) {
+  Vec queries[kLanes];
+  FD_UNROLL
+  for (int j = 0; j < kLanes; ++j) {
+    const Vec x = load(dscores + j * kBlockM);
+    queries[kLanes - 1 - j] = x;
+    if (dp2c.data) add_to_band<kSlope>(dp2c.row(j), row - j, x);
+  }
+  if (!dc2p.data) return;
+  transpose(queries);
+  FD_UNROLL
+  for (int i = 0; i < kLanes; ++i) {
+    add_to_band<kSlope>(dc2p.row(i), row + i - (kLanes - 1), queries[i]);
+  }
+}
+
+// Calls one of the two above for every block of a score tile of `keys` x `queries`, both whole
+// groups, whose first query and key are `distance` apart.
+template <bool kBackward>
+void skew(const Positions& positions, int distance, Band c2p, Band p2c, float* scores, int keys,
+          int queries) {
+  for (int j = 0; j < keys; j += kGroup) {
+    for (int i = 0; i < queries; i += kGroup) {
+      const Slope slope = slope_of(positions, distance + i - j);
+      for (int jj = j; jj < j + kGroup; jj += kLanes) {
+        for (int ii = i; ii < i + kGroup; ii += kLanes) {
+          const int32_t* row = positions.rows_from(distance + ii - jj);
+          const Band c{c2p.data ? c2p.row(ii) : nullptr, c2p.stride};
+          const Band p{p2c.data ? p2c.row(jj) : nullptr, p2c.stride};
+          float* block = scores + jj * kBlockM + ii;
+          const auto run = [&](auto constant) {
+            constexpr Slope kSlope = decltype(constant)::value;
+            if constexpr (kBackward) {
+              unskew_block<kSlope>(row, c, p, block);
+            } else {
+              skew_block<kSlope>(row, c, p, block);
+            }
+          };
+          switch (slope) {
+            case Slope::kConstant:
+              run(std::integral_constant<Slope, Slope::kConstant>());
+              break;
+            case Slope::kLinear:
+              run(std::integral_constant<Slope, Slope::kLinear>());
+              break;
+            case Slope::kBuckets:
+              run(std::integral_constant<Slope, Slope::kBuckets>());
+              break;
+            case Slope::kJumps:
+              run(std::integral_constant<Slope, Slope::kJumps>());
+          }
+        }
+      }
+    }
+  }
+}
+
+// band = content · tableᵀ for `count` packed rows, whole groups. `met(i)` gives the table rows that
+// the group from row i on needs. Panel by panel, so that a panel is read from the cache.
+template <class T, class Met>
+void make_band(const typename T::Word* content, int count, int words,
+               const typename T::Word* panels, const Band& band, const Met& met) {
+  Rows all = met(0);
+  for (int i = kGroup; i < count; i += kGroup) {
+    const Rows rows = met(i);
+    all = {std::min(all.begin, rows.begin), std::max(all.end, rows.end)};
+  }
+  for (int panel = all.begin / kPanel * kPanel; panel < all.end; panel += kPanel) {
+    for (int i = 0; i < count; i += kGroup) {
+      const Rows rows = met(i);
+      const int begin = std::max(rows.begin, panel), end = std::min(rows.end, panel + kPanel);
+      if (begin >= end) continue;
+      gemm<T, false>(kGroup, end - begin, words, content + static_cast<int64_t>(i) * words, words,
+                     1, panels + static_cast<int64_t>(panel) * words + (begin - panel), kPanel,
+                     band.row(i) + begin, band.stride);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastdeberta::cpu
