@@ -44,8 +44,8 @@ struct AttentionParams {
 
   // Backward pass alone: gradients, contiguous.
   HeadsView dout;
-  void *dquery, *dkey, *dvalue;   // [T, H, D]
-  void *dpos_key, *dpos_query;    // [table_rows, H, D]
+  void *dquery, *dkey, *dvalue;  // [T, H, D]
+  void *dpos_key, *dpos_query;   // [table_rows, H, D]
 };
 
 }  // namespace fastdeberta

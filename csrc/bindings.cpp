@@ -125,7 +125,8 @@ fastdeberta::AttentionParams attention_params(
   p.tokens = query.size(0), p.heads = query.size(1);
   p.head_dim = static_cast<int>(query.size(2));
   if (pos_key) p.pos_key = view(*pos_key), p.table_rows = static_cast<int>(pos_key->size(0));
-  if (pos_query) p.pos_query = view(*pos_query), p.table_rows = static_cast<int>(pos_query->size(0));
+  if (pos_query)
+    p.pos_query = view(*pos_query), p.table_rows = static_cast<int>(pos_query->size(0));
   p.max_seqlen = max_seqlen;
   p.sequences = cu_seqlens ? cu_seqlens->size(0) - 1 : (max_seqlen ? p.tokens / max_seqlen : 0);
   if (cu_seqlens) p.cu_seqlens = cu_seqlens->const_data_ptr<int32_t>();

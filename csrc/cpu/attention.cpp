@@ -122,10 +122,8 @@ Scratch& prepare(Call& call, const Kernels& kernels, bool backward) {
       std::min<int>(kSuperM + kSuperN, 2 * static_cast<int>(round_up(longest + kGroup, kGroup)));
   call.band_stride = call.positions.most_rows(distances) + kGroup;
   if (call.band_stride % 256 == 0) call.band_stride += kGroup;
-  call.used_begin = call.positions.row(-longest - kGroup) / kPanel * kPanel;
-  call.used_end = static_cast<int>(
-      std::min<int64_t>(round_up(call.positions.row(longest + kGroup) + 1, kPanel),
-                        round_up(p.table_rows, kPanel)));
+  call.used_begin = round_down_to_group(call.positions.row(-longest - kGroup));
+  call.used_end = static_cast<int>(round_up(call.positions.row(longest + kGroup) + 1, kGroup));
 
   const size_t bytes = kernels.table_bytes(call);
   char* data = tables.reserve((backward ? 4 : 2) * bytes);
@@ -173,8 +171,8 @@ void uniform_rows(const Call& call) {
         const DropoutRule rule(p.rng_state, p.dropout_p);
         average(
             [&](int j) {
-              return rule.keeps(rule.draw(static_cast<uint32_t>(unit), i, j)
-                                    .word[DropoutRule::word_index(i, j)]);
+              return rule.keeps(
+                  rule.draw(static_cast<uint32_t>(unit), i, j).word[DropoutRule::word_index(i, j)]);
             },
             static_cast<float>(1.0 / (1.0 - p.dropout_p)));
       } else if (!is_ready) {
@@ -214,8 +212,8 @@ void uniform_rows_backward(const Call& call) {
         const DropoutRule rule(p.rng_state, p.dropout_p);
         std::fill(total.begin(), total.end(), 0.0f);
         add([&](int i) {
-          return rule.keeps(rule.draw(static_cast<uint32_t>(unit), i, j)
-                                .word[DropoutRule::word_index(i, j)]);
+          return rule.keeps(
+              rule.draw(static_cast<uint32_t>(unit), i, j).word[DropoutRule::word_index(i, j)]);
         });
       }
       S* to = dvalues + (s.start + j) * p.heads * p.head_dim;
@@ -226,12 +224,14 @@ void uniform_rows_backward(const Call& call) {
   });
 }
 
-// Sums what several parts hold of one result, in their order.
+// Sums what several parts hold of elements begin to end - 1 of a result, in the parts' order.
 template <class S>
-void sum_shares(const float* shares, int64_t count, int64_t stride, int64_t size, void* out) {
+void sum_shares(const float* shares, int64_t count, int64_t stride, int64_t begin, int64_t end,
+                void* out) {
   constexpr int64_t kChunk = 4096;
-  parallel((size + kChunk - 1) / kChunk, [&](int64_t chunk) {
-    for (int64_t n = chunk * kChunk; n < std::min(size, (chunk + 1) * kChunk); ++n) {
+  parallel((end - begin + kChunk - 1) / kChunk, [&](int64_t chunk) {
+    const int64_t first = begin + chunk * kChunk;
+    for (int64_t n = first; n < std::min(end, first + kChunk); ++n) {
       float total = 0.0f;
       for (int64_t share = 0; share < count; ++share) total += shares[share * stride + n];
       from_float(total, static_cast<S*>(out) + n);
@@ -302,7 +302,9 @@ void with_dtype(Dtype dtype, const F& f) {
 int kernel_count() { return static_cast<int>(all_kernels().size()); }
 const char* kernel_name(int index) { return all_kernels().at(index)->name; }
 
-double gemm_peak(bool bf16, int kernels) { return all_kernels().at(kernels)->gemm_peak(bf16, 2000); }
+double gemm_peak(bool bf16, int kernels) {
+  return all_kernels().at(kernels)->gemm_peak(bf16, 2000);
+}
 
 void forward(const AttentionParams& params, int kernels) {
   const Kernels& chosen = *all_kernels().at(kernels);
@@ -341,20 +343,28 @@ void backward(const AttentionParams& params, int kernels) {
   if (shares > 1) call.dquery = data + parts * 2 * table;
 
   run_workers(call, parts * params.heads, chosen.backward);
+  const int64_t used_begin = parts ? call.used_begin : 0;
+  const int64_t used_end = parts ? std::min(call.used_end, params.table_rows) : 0;
   with_dtype(params.dtype, [&](auto s) {
     using S = decltype(s);
     for (void* gradient : {params.dpos_key, params.dpos_query}) {
-      if (parts == 0 && gradient) std::memset(gradient, 0, table * sizeof(S));
+      if (!gradient) continue;
+      // Rows that no distance reads; all, if there is no sequence.
+      S* rows = static_cast<S*>(gradient);
+      std::memset(rows, 0, used_begin * width * sizeof(S));
+      std::memset(rows + used_end * width, 0, (params.table_rows - used_end) * width * sizeof(S));
     }
     if (shares > 1) {
-      sum_shares<S>(call.dquery, shares, params.tokens * width, params.tokens * width,
+      sum_shares<S>(call.dquery, shares, params.tokens * width, 0, params.tokens * width,
                     params.dquery);
     }
     if (parts > 1 && params.pos_key.data) {
-      sum_shares<S>(call.dtables, parts, 2 * table, table, params.dpos_key);
+      sum_shares<S>(call.dtables, parts, 2 * table, used_begin * width, used_end * width,
+                    params.dpos_key);
     }
     if (parts > 1 && params.pos_query.data) {
-      sum_shares<S>(call.dtables + table, parts, 2 * table, table, params.dpos_query);
+      sum_shares<S>(call.dtables + table, parts, 2 * table, used_begin * width, used_end * width,
+                    params.dpos_query);
     }
     for_padding(call, [&](int64_t token) {
       for (void* gradient : {params.dquery, params.dkey, params.dvalue}) {

@@ -226,9 +226,10 @@ class BackwardHead {
   }
 
   void run(const BackwardPart& part, float* dquery_share) {
-    const size_t table_bytes = sizeof(float) * p_.table_rows * dim_;
-    if (has_c2p_) std::memset(w_.dpos_key, 0, table_bytes);
-    if (has_p2c_) std::memset(w_.dpos_query, 0, table_bytes);
+    const int64_t used = static_cast<int64_t>(call_.used_begin) * dim_;
+    const size_t used_bytes = sizeof(float) * (call_.used_end - call_.used_begin) * dim_;
+    if (has_c2p_) std::memset(w_.dpos_key + used, 0, used_bytes);
+    if (has_p2c_) std::memset(w_.dpos_query + used, 0, used_bytes);
     for (int n = part.first; n < part.last; ++n) {
       const Sequence& sequence = call_.sequences[n];
       if (sequence.begin == sequence.end) continue;
@@ -395,8 +396,8 @@ class BackwardHead {
         content_gradients(i, j, tile_keys, lanes, first);
         first = false;
         if (tile_near) {
-          skew<true>(positions, distance, rows_of(dc2p, i), rows_of(dp2c, j), w_.dscores,
-                     tile_keys, lanes);
+          skew<true>(positions, distance, rows_of(dc2p, i), rows_of(dp2c, j), w_.dscores, tile_keys,
+                     lanes);
         } else if (has_positions) {
           const int side = distance > 0;
           if (!is_summed[side]) {
@@ -414,12 +415,12 @@ class BackwardHead {
 
     float* dquery = w_.dquery + static_cast<int64_t>(offset) * dim_;
     if (dc2p.data) {
-      multiply_band<T>(w_, dc2p, base, queries, dim_, query_pairs_, key_table_, dquery,
-                       w_.dpos_key, met_by_query);
+      multiply_band<T>(w_, dc2p, base, queries, dim_, query_pairs_, key_table_, dquery, w_.dpos_key,
+                       met_by_query);
     }
     if (dp2c.data) {
-      multiply_band<T>(w_, dp2c, base, keys, dim_, key_pairs_, query_table_, w_.dkey,
-                       w_.dpos_query, met_by_key);
+      multiply_band<T>(w_, dp2c, base, keys, dim_, key_pairs_, query_table_, w_.dkey, w_.dpos_query,
+                       met_by_key);
     }
     for (int side = 0; side < 2; ++side) {
       if (!is_summed[side]) continue;
@@ -513,10 +514,11 @@ class BackwardHead {
   DropoutBits dropout_;
 };
 
+// Rows that no distance reads are the launcher's to clear.
 template <class S>
-void write_table(const AttentionParams& p, int head, const float* from, int dim, float* shared,
-                 void* to) {
-  for (int r = 0; r < p.table_rows; ++r) {
+void write_table(const Call& call, int head, const float* from, int dim, float* shared, void* to) {
+  const AttentionParams& p = call.p;
+  for (int r = call.used_begin; r < std::min(call.used_end, p.table_rows); ++r) {
     const int64_t at = (static_cast<int64_t>(r) * p.heads + head) * p.head_dim;
     const float* row = from + static_cast<int64_t>(r) * dim;
     if (shared) {
@@ -553,9 +555,10 @@ void backward_worker(Call& call) {
         call.dquery ? call.dquery + part.share * p.tokens * p.heads * p.head_dim : nullptr;
     BackwardHead<T, S>(call, head, w, rule ? &*rule : nullptr).run(part, share);
     float* shared = call.dtables ? call.dtables + index * 2 * table : nullptr;
-    if (p.pos_key.data) write_table<S>(p, head, w.dpos_key, dim, shared, p.dpos_key);
+    if (p.pos_key.data) write_table<S>(call, head, w.dpos_key, dim, shared, p.dpos_key);
     if (p.pos_query.data) {
-      write_table<S>(p, head, w.dpos_query, dim, shared ? shared + table : nullptr, p.dpos_query);
+      write_table<S>(call, head, w.dpos_query, dim, shared ? shared + table : nullptr,
+                     p.dpos_query);
     }
   }
   scratch.trim();

@@ -75,10 +75,10 @@ FD_INLINE void add_to_band(float* band, const int32_t* row, Vec x) {
 
 // scores[j][i] = c2p(i, j) + p2c(i, j) for kLanes x kLanes scores; `row` is that of i - j at the
 // block's first query and key. Position terms begin the sum to which q·k is added.
-template <Slope kSlope>
+template <Slope kSlope, bool kC2p, bool kP2c>
 FD_INLINE void skew_block(const int32_t* row, const Band& c2p, const Band& p2c, float* scores) {
   Vec queries[kLanes];  // reversed keys in lanes, so that distances ascend; then transposed
-  if (c2p.data) {
+  if constexpr (kC2p) {
     FD_UNROLL
     for (int i = 0; i < kLanes; ++i) {
       queries[i] = read_band<kSlope>(c2p.row(i), row + i - (kLanes - 1));
@@ -87,14 +87,18 @@ FD_INLINE void skew_block(const int32_t* row, const Band& c2p, const Band& p2c, 
   }
   FD_UNROLL
   for (int j = 0; j < kLanes; ++j) {
-    Vec x = c2p.data ? queries[kLanes - 1 - j] : zero();
-    if (p2c.data) x = add(x, read_band<kSlope>(p2c.row(j), row - j));
+    Vec x;
+    if constexpr (kC2p) x = queries[kLanes - 1 - j];
+    if constexpr (kP2c) {
+      const Vec y = read_band<kSlope>(p2c.row(j), row - j);
+      x = kC2p ? add(x, y) : y;
+    }
     store(scores + j * kBlockM, x);
   }
 }
 
 // Adds gradients of kLanes x kLanes scores to both bands: the mirror of skew_block.
-template <Slope kSlope>
+template <Slope kSlope, bool kC2p, bool kP2c>
 FD_INLINE void unskew_block(const int32_t* row, const Band& dc2p, const Band& dp2c,
                             const float* dscores) {
   Vec queries[kLanes];
@@ -102,9 +106,9 @@ FD_INLINE void unskew_block(const int32_t* row, const Band& dc2p, const Band& dp
   for (int j = 0; j < kLanes; ++j) {
     const Vec x = load(dscores + j * kBlockM);
     queries[kLanes - 1 - j] = x;
-    if (dp2c.data) add_to_band<kSlope>(dp2c.row(j), row - j, x);
+    if constexpr (kP2c) add_to_band<kSlope>(dp2c.row(j), row - j, x);
   }
-  if (!dc2p.data) return;
+  if constexpr (!kC2p) return;
   transpose(queries);
   FD_UNROLL
   for (int i = 0; i < kLanes; ++i) {
@@ -112,45 +116,56 @@ FD_INLINE void unskew_block(const int32_t* row, const Band& dc2p, const Band& dp
   }
 }
 
-// Calls one of the two above for every block of a score tile of `keys` x `queries`, both whole
-// groups, whose first query and key are `distance` apart.
-template <bool kBackward>
-void skew(const Positions& positions, int distance, Band c2p, Band p2c, float* scores, int keys,
-          int queries) {
+// The blocks of a score tile of `keys` x `queries`, both whole groups, whose first query and key
+// are `distance` apart: skewed, or with kBackward unskewed.
+template <bool kBackward, bool kC2p, bool kP2c>
+void skew_tile(const Positions& positions, int distance, const Band& c2p, const Band& p2c,
+               float* scores, int keys, int queries) {
   for (int j = 0; j < keys; j += kGroup) {
     for (int i = 0; i < queries; i += kGroup) {
-      const Slope slope = slope_of(positions, distance + i - j);
-      for (int jj = j; jj < j + kGroup; jj += kLanes) {
-        for (int ii = i; ii < i + kGroup; ii += kLanes) {
-          const int32_t* row = positions.rows_from(distance + ii - jj);
-          const Band c{c2p.data ? c2p.row(ii) : nullptr, c2p.stride};
-          const Band p{p2c.data ? p2c.row(jj) : nullptr, p2c.stride};
-          float* block = scores + jj * kBlockM + ii;
-          const auto run = [&](auto constant) {
-            constexpr Slope kSlope = decltype(constant)::value;
+      const auto run = [&](auto constant) {
+        constexpr Slope kSlope = decltype(constant)::value;
+        for (int jj = j; jj < j + kGroup; jj += kLanes) {
+          for (int ii = i; ii < i + kGroup; ii += kLanes) {
+            const int32_t* row = positions.rows_from(distance + ii - jj);
+            const Band c{kC2p ? c2p.row(ii) : nullptr, c2p.stride};
+            const Band p{kP2c ? p2c.row(jj) : nullptr, p2c.stride};
+            float* block = scores + jj * kBlockM + ii;
             if constexpr (kBackward) {
-              unskew_block<kSlope>(row, c, p, block);
+              unskew_block<kSlope, kC2p, kP2c>(row, c, p, block);
             } else {
-              skew_block<kSlope>(row, c, p, block);
+              skew_block<kSlope, kC2p, kP2c>(row, c, p, block);
             }
-          };
-          switch (slope) {
-            case Slope::kConstant:
-              run(std::integral_constant<Slope, Slope::kConstant>());
-              break;
-            case Slope::kLinear:
-              run(std::integral_constant<Slope, Slope::kLinear>());
-              break;
-            case Slope::kBuckets:
-              run(std::integral_constant<Slope, Slope::kBuckets>());
-              break;
-            case Slope::kJumps:
-              run(std::integral_constant<Slope, Slope::kJumps>());
           }
         }
+      };
+      switch (slope_of(positions, distance + i - j)) {
+        case Slope::kConstant:
+          run(std::integral_constant<Slope, Slope::kConstant>());
+          break;
+        case Slope::kLinear:
+          run(std::integral_constant<Slope, Slope::kLinear>());
+          break;
+        case Slope::kBuckets:
+          run(std::integral_constant<Slope, Slope::kBuckets>());
+          break;
+        case Slope::kJumps:
+          run(std::integral_constant<Slope, Slope::kJumps>());
       }
     }
   }
+}
+
+template <bool kBackward>
+void skew(const Positions& positions, int distance, const Band& c2p, const Band& p2c, float* scores,
+          int keys, int queries) {
+  const auto run = [&](auto has_c2p, auto has_p2c) {
+    skew_tile<kBackward, decltype(has_c2p)::value, decltype(has_p2c)::value>(
+        positions, distance, c2p, p2c, scores, keys, queries);
+  };
+  if (!c2p.data) return run(std::false_type(), std::true_type());
+  if (!p2c.data) return run(std::true_type(), std::false_type());
+  run(std::true_type(), std::true_type());
 }
 
 // band = content · tableᵀ for `count` packed rows, whole groups. `met(i)` gives the table rows that

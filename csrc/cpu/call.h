@@ -16,12 +16,12 @@ namespace fastdeberta::cpu {
 
 // Rows of bands and of tables come in groups of this many, and so do positions in a sequence.
 constexpr int kGroup = 16;
-constexpr int kBlockM = 64;   // queries of a score tile
-constexpr int kBlockN = 128;  // keys of a score tile
+constexpr int kBlockM = 64;  // queries of a score tile
+constexpr int kBlockN = 128;
 // Queries and keys of a super-tile, whose position bands are made at once. The scratch of a thread
 // depends on these and not on the length of the sequences.
-constexpr int kSuperM = 256;
-constexpr int kSuperN = 256;
+constexpr int kSuperM = 512;
+constexpr int kSuperN = 512;
 // Lanes of a panel of a packed table.
 constexpr int kPanel = 64;
 
@@ -116,7 +116,7 @@ struct Call {
   const AttentionParams& p;
   std::vector<Sequence> sequences;
   Positions positions;
-  int used_begin = 0, used_end = 0;  // table rows that any distance reads, in whole panels
+  int used_begin = 0, used_end = 0;  // table rows that any distance reads, in whole groups
   int band_stride = 0;               // floats from row to row of a band
 
   // Packed tables, [H] of each: panels for products with contents, rows for gradients.

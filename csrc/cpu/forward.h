@@ -169,14 +169,15 @@ void finish_block(const Call& call, const Sequence& sequence, int head, int quer
 }
 
 template <class T, class S>
-void forward_item(const Call& call, const ForwardItem& item, int head,
-                  const ForwardScratch<T>& w, const DropoutRule* rule) {
+void forward_item(const Call& call, const ForwardItem& item, int head, const ForwardScratch<T>& w,
+                  const DropoutRule* rule) {
   using Word = typename T::Word;
   const AttentionParams& p = call.p;
   const Positions& positions = call.positions;
   const Sequence& sequence = call.sequences[item.sequence];
   const int dim = padded_dim<T>(p.head_dim), words = dim / T::kPerWord;
-  const bool has_c2p = p.pos_key.data, has_p2c = p.pos_query.data, has_positions = has_c2p || has_p2c;
+  const bool has_c2p = p.pos_key.data, has_p2c = p.pos_query.data,
+             has_positions = has_c2p || has_p2c;
   const int64_t panel_words = round_up(p.table_rows, kPanel) * words;
   const Word* key_panels =
       has_c2p ? reinterpret_cast<const Word*>(call.key_panels) + head * panel_words : nullptr;
@@ -259,8 +260,8 @@ void forward_item(const Call& call, const ForwardItem& item, int head,
           gemm<T, false>(tile_keys, lanes, words, key_rows, words, 1, seen, kBlockM, w.scores,
                          kBlockM);
         }
-        mask_scores(w.scores, tile_keys, lanes, list.any_dead[j / kBlockN] ? list.dead + j : nullptr,
-                    p.causal, query, key);
+        mask_scores(w.scores, tile_keys, lanes,
+                    list.any_dead[j / kBlockN] ? list.dead + j : nullptr, p.causal, query, key);
         if (rule) dropout.fill(*rule, sequence_head, query, key, tile_keys, lanes);
         const bool first = super == sequence.aligned_begin() && j == 0;
         softmax<T>(w.scores, tile_keys, lanes, c, u, w.row_max + i, w.row_sum + i, w.probs,

@@ -56,9 +56,10 @@ struct BF16 {
   static FD_INLINE void shift(uint32_t* to, const uint32_t* from, uint32_t word) {
     const __m512i x = _mm512_loadu_si512(from);
     const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-    const Vec even = add(_mm512_castsi512_ps(_mm512_slli_epi32(x, 16)), set1(from_bits(word << 16)));
-    const Vec odd = add(_mm512_castsi512_ps(_mm512_and_si512(x, high)),
-                        set1(from_bits(word & 0xffff0000)));
+    const Vec even =
+        add(_mm512_castsi512_ps(_mm512_slli_epi32(x, 16)), set1(from_bits(word << 16)));
+    const Vec odd =
+        add(_mm512_castsi512_ps(_mm512_and_si512(x, high)), set1(from_bits(word & 0xffff0000)));
     store_pairs(to, even, odd);
   }
 };

@@ -34,8 +34,8 @@ size_t table_bytes(const Call& call) {
   size_t bytes = 0;
   with_types(call.p.dtype, [&](auto t, auto) {
     using T = decltype(t);
-    bytes = round_up(call.p.table_rows, kPanel) * padded_dim<T>(call.p.head_dim) /
-            T::kPerWord * sizeof(typename T::Word) * call.p.heads;
+    bytes = round_up(call.p.table_rows, kPanel) * padded_dim<T>(call.p.head_dim) / T::kPerWord *
+            sizeof(typename T::Word) * call.p.heads;
   });
   return bytes;
 }
@@ -49,18 +49,20 @@ void pack_tables(Call& call, bool backward, int64_t head) {
     const int words = padded_dim<T>(p.head_dim) / T::kPerWord;
     const int64_t head_words = round_up(p.table_rows, kPanel) * words;
     static thread_local Scratch scratch;
-    Word* rows = reinterpret_cast<Word*>(scratch.reserve(kPanel * words * sizeof(Word)));
+    Word* rows = reinterpret_cast<Word*>(scratch.reserve(kGroup * words * sizeof(Word)));
     const auto pack = [&](const HeadsView& table, char* panels, char* pairs) {
       if (!table.data) return;
-      for (int r = call.used_begin; r < call.used_end; r += kPanel) {
-        const int64_t at_row = head * head_words + static_cast<int64_t>(r) * words;
-        pack_rows<T>(at<S>(table, r, head), table.stride, std::min(kPanel, p.table_rows - r),
-                     kPanel, p.head_dim, rows);
-        transpose_words<T>(rows, kPanel, words, reinterpret_cast<Word*>(panels) + at_row, kPanel);
+      for (int r = call.used_begin; r < call.used_end; r += kGroup) {
+        const int64_t panel = head * head_words + static_cast<int64_t>(r / kPanel) * kPanel * words;
+        pack_rows<T>(at<S>(table, r, head), table.stride, std::min(kGroup, p.table_rows - r),
+                     kGroup, p.head_dim, rows);
+        transpose_words<T>(rows, kGroup, words,
+                           reinterpret_cast<Word*>(panels) + panel + r % kPanel, kPanel);
         if (!backward) continue;
-        Word* to = reinterpret_cast<Word*>(pairs) + at_row;
-        if (pair_rows<T>(rows, kPanel, words, to) != to) {
-          std::memcpy(to, rows, kPanel * words * sizeof(Word));
+        Word* to =
+            reinterpret_cast<Word*>(pairs) + head * head_words + static_cast<int64_t>(r) * words;
+        if (pair_rows<T>(rows, kGroup, words, to) != to) {
+          std::memcpy(to, rows, kGroup * words * sizeof(Word));
         }
       }
     };
@@ -70,8 +72,7 @@ void pack_tables(Call& call, bool backward, int64_t head) {
 }
 
 void forward(Call& call) {
-  with_types(call.p.dtype,
-             [&](auto t, auto s) { forward_worker<decltype(t), decltype(s)>(call); });
+  with_types(call.p.dtype, [&](auto t, auto s) { forward_worker<decltype(t), decltype(s)>(call); });
 }
 
 void backward(Call& call) {

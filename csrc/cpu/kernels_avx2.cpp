@@ -14,7 +14,10 @@ FD_TARGET_BEGIN("avx2,fma,f16c")
 namespace fastdeberta::cpu {
 
 const Kernels kAvx2 = {
-    "avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, table_bytes, pack_tables, forward, backward, gemm_peak};
+    "avx2",      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
+    table_bytes, pack_tables,
+    forward,     backward,
+    gemm_peak};
 
 }  // namespace fastdeberta::cpu
 FD_TARGET_END

@@ -13,9 +13,18 @@ FD_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
 namespace fastdeberta::cpu {
 
-const Kernels kAvx512 = {
-    "avx512", [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"); }, table_bytes, pack_tables, forward, backward, gemm_peak};
+const Kernels kAvx512 = {"avx512",
+                         [] {
+                           return __builtin_cpu_supports("avx512f") &&
+                                  __builtin_cpu_supports("avx512bw") &&
+                                  __builtin_cpu_supports("avx512dq") &&
+                                  __builtin_cpu_supports("avx512vl");
+                         },
+                         table_bytes,
+                         pack_tables,
+                         forward,
+                         backward,
+                         gemm_peak};
 
 }  // namespace fastdeberta::cpu
 FD_TARGET_END

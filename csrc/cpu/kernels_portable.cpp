@@ -5,7 +5,7 @@
 
 namespace fastdeberta::cpu {
 
-const Kernels kPortable = {"portable",  [] { return true; }, table_bytes, pack_tables,
-                           forward,     backward,            gemm_peak};
+const Kernels kPortable = {
+    "portable", [] { return true; }, table_bytes, pack_tables, forward, backward, gemm_peak};
 
 }  // namespace fastdeberta::cpu

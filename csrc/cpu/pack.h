@@ -25,12 +25,19 @@ const S* at(const HeadsView& view, int64_t token, int64_t head) {
   return static_cast<const S*>(view.data) + token * view.stride + head * view.head_stride;
 }
 
+constexpr int kPrefetched = 12;
+
 // [padded_rows][words of a row] from `rows` rows of `dim` elements.
 template <class T, class S>
 void pack_rows(const S* from, int64_t stride, int rows, int padded_rows, int dim,
                typename T::Word* to) {
   const int words = padded_dim<T>(dim) / T::kPerWord;
   for (int i = 0; i < rows; ++i, from += stride, to += words) {
+    // Rows lie a whole token apart, too far for the hardware to foresee.
+    if (i + kPrefetched < rows) {
+      const char* next = reinterpret_cast<const char*>(from + kPrefetched * stride);
+      for (size_t n = 0; n < dim * sizeof(S); n += 64) __builtin_prefetch(next + n);
+    }
     if constexpr (T::kPerWord == 1) {
       to_float(from, to, dim);
       for (int d = dim; d < words; ++d) to[d] = 0.0f;
@@ -65,8 +72,8 @@ void transpose_words(const typename T::Word* from, int rows, int words, typename
 #ifdef FD_BF16
 // Two vectors of 32 bfloat16 to 32 words: pairs of the same place, the first one's lower.
 FD_INLINE void store_pairs(uint32_t* to, __m512i even, __m512i odd) {
-  alignas(64) static const uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,
-                                                37, 6, 38, 7, 39, 8,  40, 9,  41, 10, 42,
+  alignas(64) static const uint16_t kLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
                                                 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   const __m512i low = _mm512_load_si512(kLow);
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
@@ -93,19 +100,6 @@ const typename T::Word* pair_rows(const typename T::Word* rows, int count, int w
     }
 #endif
     return to;
-  }
-}
-
-// One head of a table as panels: [rows / kPanel][words][kPanel].
-template <class T, class S>
-void pack_panels(const HeadsView& table, int64_t head, int begin, int end, int table_rows, int dim,
-                 typename T::Word* to, typename T::Word* rows) {
-  const int words = padded_dim<T>(dim) / T::kPerWord;
-  for (int panel = begin / kPanel; panel * kPanel < end; ++panel) {
-    const int first = panel * kPanel, count = std::min(kPanel, table_rows - first);
-    pack_rows<T>(at<S>(table, first, head), table.stride, count, kPanel, dim, rows);
-    transpose_words<T>(rows, kPanel, words, to + static_cast<int64_t>(panel) * words * kPanel,
-                       kPanel);
   }
 }
 

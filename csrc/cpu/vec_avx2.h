@@ -49,9 +49,7 @@ FD_INLINE __m256 lanes_of(unsigned bits) {
 // Lanes whose bit is 1, and zero elsewhere.
 FD_INLINE Vec keep(Vec x, unsigned bits) { return _mm256_and_ps(x, lanes_of(bits)); }
 // Lanes of `a` whose bit is 1, of `b` elsewhere.
-FD_INLINE Vec select(unsigned bits, Vec a, Vec b) {
-  return _mm256_blendv_ps(b, a, lanes_of(bits));
-}
+FD_INLINE Vec select(unsigned bits, Vec a, Vec b) { return _mm256_blendv_ps(b, a, lanes_of(bits)); }
 
 // x * 2^n for whole n >= kLowestPower, at which it is zero.
 constexpr float kLowestPower = -127.0f;

@@ -67,11 +67,11 @@ FD_INLINE Vec load_rows(const float* p, const int32_t* row) {
 // right to left, after which the first lane of each segment holds it, and these close ranks.
 FD_INLINE void add_rows(float* p, const int32_t* row, Vec x) {
   const __m512i here = _mm512_loadu_si512(row);
-#define FD_STEP(n)                                                                              \
-  x = add(x, _mm512_maskz_mov_ps(                                                               \
-                 _mm512_mask_cmpeq_epi32_mask(0xffff >> n, here, _mm512_loadu_si512(row + n)),  \
-                 _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_setzero_si512(),                \
-                                                         _mm512_castps_si512(x), n))))
+#define FD_STEP(n)                                                                             \
+  x = add(x, _mm512_maskz_mov_ps(                                                              \
+                 _mm512_mask_cmpeq_epi32_mask(0xffff >> n, here, _mm512_loadu_si512(row + n)), \
+                 _mm512_castsi512_ps(                                                          \
+                     _mm512_alignr_epi32(_mm512_setzero_si512(), _mm512_castps_si512(x), n))))
   FD_STEP(1);
   FD_STEP(2);
   FD_STEP(4);
