@@ -6,6 +6,8 @@ backend's name as last argument; the backend does the work.
 """
 
 import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,25 +62,36 @@ def _params(
     )
 
 
+@contextmanager
+def _computing(device: torch.device) -> Iterator[None]:
+    """Neither gradients nor autocast: inputs already have the dtype to be computed in."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def _run(function: Callable, device: torch.device, *args):
+    # Entering a context takes longer than asking whether it is needed.
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
+        with _computing(device):
+            return function(*args)
+    return function(*args)
+
+
 @torch.library.impl("fastdeberta::forward", "CompositeExplicitAutograd")
-@torch.no_grad()
 def _forward(query, key, value, pos_key, pos_query, *params_and_backend):
     *params, backend = params_and_backend
-    # Inputs already have the dtype they are to be computed in.
-    with torch.autocast(query.device.type, enabled=False):
-        return backends.load(backend).forward(
-            query, key, value, pos_key, pos_query, _params(query, *params)
-        )
+    forward = backends.load(backend).forward
+    params = _params(query, *params)
+    return _run(forward, query.device, query, key, value, pos_key, pos_query, params)
 
 
 @torch.library.impl("fastdeberta::backward", "CompositeExplicitAutograd")
-@torch.no_grad()
 def _backward(dout, query, key, value, pos_key, pos_query, out, lse, *params_and_backend):
     *params, backend = params_and_backend
-    with torch.autocast(query.device.type, enabled=False):
-        grads = backends.load(backend).backward(
-            dout, query, key, value, pos_key, pos_query, out, lse, _params(query, *params)
-        )
+    backward = backends.load(backend).backward
+    params = _params(query, *params)
+    inputs = (dout, query, key, value, pos_key, pos_query, out, lse)
+    grads = _run(backward, query.device, *inputs, params)
     # A schema cannot return "Tensor?": an absent table's gradient travels as an empty tensor.
     return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
 
@@ -201,7 +214,11 @@ def disentangled_attention(
     )
     name, _ = backends.choose(backend, call.tensors[0], call.params)
     p = call.params
-    out, lse = Attention.apply(
+    needs_grad = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in call.tensors
+    )
+    attend = Attention.apply if needs_grad else torch.ops.fastdeberta.forward
+    out, lse = attend(
         *call.tensors,
         p.cu_seqlens,
         p.key_mask,
