@@ -13,7 +13,7 @@ ARGS ?=
 export FASTDEBERTA_FORCE_EXT_BUILD ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow bench lint format clean
+.PHONY: help env demo test test-slow test-sanitized bench lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -36,6 +36,13 @@ test: $(INSTALLED)  ## the tests but the slow ones
 
 test-slow: $(INSTALLED)  ## the slow tests
 	$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+# A build with the compiler's sanitizers, apart from the installed one, runs the tests of the op.
+test-sanitized: $(INSTALLED)  ## the CPU kernels' tests under ASan and UBSan
+	FASTDEBERTA_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitized
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$$(echo $(CURDIR)/build/sanitized/lib*) \
+	$(BIN)/pytest -q -m "not slow" tests/test_cpu_kernels.py -k "instruction_set or unusual or threads" $(ARGS)
 
 bench: $(INSTALLED)  ## the benchmarks
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)

@@ -6,7 +6,8 @@ Where a library cannot be built, the package installs without it and stderr says
 
 Environment: FASTDEBERTA_SKIP_EXT_BUILD=1 builds no library, FASTDEBERTA_SKIP_CUDA_BUILD=1 not the
 CUDA one; FASTDEBERTA_FORCE_EXT_BUILD=1 and FASTDEBERTA_FORCE_CUDA_BUILD=1 (or FORCE_CUDA=1) fail
-instead of leaving one out. torch's own CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS hold as well.
+instead of leaving one out; FASTDEBERTA_SANITIZE=1 lets the CPU library check its own memory and
+arithmetic (`make test-sanitized`). torch's own CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS hold as well.
 """
 
 import os
@@ -30,6 +31,10 @@ DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]  
 CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", *DEFINES]
 if sys.platform == "linux":
     CXX_FLAGS.append("-fopenmp")  # never linked: threads come from torch's parallel_for
+LINK_FLAGS = []
+if is_set("FASTDEBERTA_SANITIZE"):
+    LINK_FLAGS = ["-fsanitize=address,undefined"]
+    CXX_FLAGS += ["-O1", "-g1", "-fno-sanitize-recover=all", *LINK_FLAGS]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA", *DEFINES]
 
 
@@ -81,6 +86,7 @@ def libraries():
 
     headers = [path for path in glob("csrc/**/*", recursive=True) if path.endswith((".h", ".cuh"))]
     common = {"depends": headers, "py_limited_api": True, "optional": not FORCE}
+    common["extra_link_args"] = LINK_FLAGS
     sources = ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
     flags = {"cxx": CXX_FLAGS}
     extensions = [CppExtension("fastdeberta._C", sources, extra_compile_args=flags, **common)]

@@ -74,17 +74,18 @@ struct BackwardScratch {
 // Probabilities and dscores of one tile from scores and dprobs, both in place; for bfloat16 also as
 // the words that products read.
 //
-// lse: log2(e) times the log-sum-exp, +inf for queries that attend to nothing.
+// lse: +inf for queries that attend to nothing. It is subtracted before the change of base, after
+// which the difference is small and so is its rounding error.
 template <class T>
-void score_gradients(const BackwardScratch<T>& w, int keys, int lanes, float c, float scale,
+void score_gradients(const BackwardScratch<T>& w, int keys, int lanes, float scale,
                      float keep_scale, const float* u, const float* lse, const float* delta,
                      const DropoutBits* dropout) {
   for (int i = 0; i < lanes; i += kLanes) {
-    const Vec shift = u ? sub(load(lse + i), mul(load(u + i), set1(c))) : load(lse + i);
-    const Vec row_delta = load(delta + i), log_scale = set1(c), factor = set1(scale);
+    const Vec shift = u ? sub(load(lse + i), mul(load(u + i), set1(scale))) : load(lse + i);
+    const Vec row_delta = load(delta + i), factor = set1(scale), log2e = set1(kLog2E);
     const auto one = [&](int j, Vec& p, Vec& ds) {
       const int at = j * kBlockM + i;
-      p = exp2(fms(load(w.scores + at), log_scale, shift));
+      p = exp2(mul(fms(load(w.scores + at), factor, shift), log2e));
       Vec dp = load(w.dscores + at);
       if (dropout) {
         const unsigned bits = dropout->of(j, i);
@@ -256,7 +257,7 @@ class BackwardHead {
       const bool attends = query >= sequence.begin && query < sequence.end &&
                            (!p_.key_mask || p_.key_mask[token]) &&
                            p_.lse[head_ * p_.tokens + token] != -INFINITY;
-      w_.lse[i] = attends ? p_.lse[head_ * p_.tokens + token] * kLog2E : INFINITY;
+      w_.lse[i] = attends ? p_.lse[head_ * p_.tokens + token] : INFINITY;
       w_.delta[i] = 0.0f;
       if (!attends) continue;
       to_float(at<S>(p_.dout, token, head_), w_.line, p_.head_dim);
@@ -390,7 +391,7 @@ class BackwardHead {
           dropout_.fill(*rule_, static_cast<uint32_t>(n * p_.heads + head_), query, key, tile_keys,
                         lanes);
         }
-        score_gradients<T>(w_, tile_keys, lanes, p_.softmax_scale * kLog2E, p_.softmax_scale,
+        score_gradients<T>(w_, tile_keys, lanes, p_.softmax_scale,
                            static_cast<float>(1.0 / (1.0 - p_.dropout_p)), u, w_.lse + offset + i,
                            w_.delta + offset + i, rule_ ? &dropout_ : nullptr);
         content_gradients(i, j, tile_keys, lanes, first);

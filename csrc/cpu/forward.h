@@ -162,8 +162,12 @@ void finish_block(const Call& call, const Sequence& sequence, int head, int quer
         std::memset(to, 0, p.head_dim * sizeof(S));
       }
       const float sum = row_sum[i + s];
+      // The maximum in base 2 as it was rounded when it was subtracted: the sum is relative to
+      // that.
+      const float shift = row_max[i + s] * (p.softmax_scale * kLog2E);
       p.lse[head * p.tokens + token] =
-          attends && sum > 0 ? row_max[i + s] * p.softmax_scale + std::log(sum) : -INFINITY;
+          attends && sum > 0 ? static_cast<float>((double{shift} + std::log2(sum)) * kLn2)
+                             : -INFINITY;
     }
   }
 }

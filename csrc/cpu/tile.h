@@ -15,7 +15,7 @@ namespace fastdeberta::cpu {
 namespace {
 
 constexpr float kLog2E = 1.44269504088896340736f;
-constexpr float kLn2 = 0.69314718055994530942f;
+constexpr double kLn2 = 0.69314718055994530942;
 
 // Which keys of a super-tile count, from the call's mask and the sequence's end.
 struct KeyList {
