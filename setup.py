@@ -7,7 +7,8 @@ Where a library cannot be built, the package installs without it and stderr says
 Environment: FASTDEBERTA_SKIP_EXT_BUILD=1 builds no library, FASTDEBERTA_SKIP_CUDA_BUILD=1 not the
 CUDA one; FASTDEBERTA_FORCE_EXT_BUILD=1 and FASTDEBERTA_FORCE_CUDA_BUILD=1 (or FORCE_CUDA=1) fail
 instead of leaving one out; FASTDEBERTA_SANITIZE=1 lets the CPU library check its own memory and
-arithmetic (`make test-sanitized`). torch's own CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS hold as well.
+arithmetic (`make test-sanitized`). torch's own CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS hold
+as well.
 """
 
 import os
