@@ -121,8 +121,8 @@ FD_INLINE void unskew_block(const int32_t* row, const Band& dc2p, const Band& dp
 template <bool kBackward, bool kC2p, bool kP2c>
 void skew_tile(const Positions& positions, int distance, const Band& c2p, const Band& p2c,
                float* scores, int keys, int queries) {
-  for (int j = 0; j < keys; j += kGroup) {
-    for (int i = 0; i < queries; i += kGroup) {
+  for (int i = 0; i < queries; i += kGroup) {
+    for (int j = 0; j < keys; j += kGroup) {
       const auto run = [&](auto constant) {
         constexpr Slope kSlope = decltype(constant)::value;
         for (int jj = j; jj < j + kGroup; jj += kLanes) {
