@@ -42,7 +42,7 @@ test-sanitized: $(INSTALLED)  ## the CPU kernels' tests under ASan and UBSan
 	FASTDEBERTA_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitized
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$$(echo $(CURDIR)/build/sanitized/lib*) \
-	$(BIN)/pytest -q -m "not slow" tests/test_cpu_kernels.py -k "instruction_set or unusual or threads" $(ARGS)
+	$(BIN)/pytest -q tests/test_cpu_kernels.py -k "instruction_set or unusual or more_threads" $(ARGS)
 
 bench: $(INSTALLED)  ## the benchmarks
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)

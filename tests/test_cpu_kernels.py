@@ -181,13 +181,14 @@ def test_two_threads_beat_one(threads):
         threads(count)
         disentangled_attention(*inputs, relative_position=LOG, backend="cpu")
 
-    # A busy machine may spoil one measurement, not the best of five.
     ratios = []
     for _ in range(5):
         times = interleaved({"one": lambda: run(1), "two": lambda: run(2)}, seconds=0.3)
         ratios.append(times["one"] / times["two"])
         if ratios[-1] > 1.4:
             return
+    if os.getloadavg()[0] > 1.5 * os.cpu_count():
+        pytest.skip(f"the machine is busy with other work: {ratios}")
     assert max(ratios) > 1.2, ratios
 
 

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels (csrc/cpu): float32, bfloat16 and float16, any call but custom devices.
+"""The compiled CPU kernels (csrc/cpu): every argument of the op in float32, bfloat16 and float16.
 
 The instruction set is chosen when the kernels run; the environment variable
 FASTDEBERTA_CPU_KERNELS names another of those that the machine has (see `fastdeberta info`).
