@@ -125,7 +125,7 @@ class DisentangledAttention(nn.Module):
             ValueError, TypeError: an argument that does not fit; the message names it.
         """
         query, key, value = self._project(hidden_states, query_states)
-        pos_key, pos_query = self._project_positions(rel_embeddings, relative_pos)
+        pos_key, pos_query = self.project_positions(rel_embeddings, relative_pos)
         key_mask = None
         if cu_seqlens is not None:
             fused = not output_attentions and self.head_logits_proj is None
@@ -199,7 +199,16 @@ class DisentangledAttention(nn.Module):
             query = self._heads(nn.functional.linear(queries, weight))
         return query + self._heads(self.q_bias), key, value + self._heads(self.v_bias)
 
-    def _project_positions(
+    def joint_projection(self) -> tuple[Tensor, Tensor]:
+        """Weight [3 * H * D, hidden] and bias [3 * H * D]: query, key and value in one product."""
+        if not self.is_v1:
+            parts = (self.query_proj, self.key_proj, self.value_proj)
+            return torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts])
+        weight = self.in_proj.weight.unflatten(0, (self.num_attention_heads, 3, -1))
+        no_bias = torch.zeros_like(self.q_bias)
+        return weight.transpose(0, 1).flatten(0, 2), torch.cat([self.q_bias, no_bias, self.v_bias])
+
+    def project_positions(
         self, rel_embeddings: Tensor | None, relative_pos: Tensor | RelativePosition | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """pos_key and pos_query, [2 * span, H, D], each None where its term is off."""

@@ -42,3 +42,14 @@ def test_seconds_are_for_all(monkeypatch):
     monkeypatch.setattr(timing, "time", clock)
     timing.interleaved({"a": clock.rival(calls, "a", 0.1)}, seconds=0.95, least=1)
     assert len(calls) == 1 + 10
+
+
+def test_turns(monkeypatch):
+    """A turn of several calls opens with one that does not count; a long call is a turn."""
+    clock, calls = Clock(), []
+    clock.sleep = lambda seconds: calls.append("rest")
+    monkeypatch.setattr(timing, "time", clock)
+    rivals = {"a": clock.rival(calls, "a", 0.1), "b": clock.rival(calls, "b", 2.0)}
+    medians = timing.interleaved(rivals, seconds=0.0, least=2, turn=0.3, rest=0.05)
+    assert calls == ["a", "b"] + 2 * ["rest", *4 * ["a"], "rest", "b"]
+    assert medians == pytest.approx({"a": 100.0, "b": 2000.0})

@@ -1,12 +1,13 @@
 """The encoder of every family: embeddings, layers, relative table. The config says which."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..attention import DisentangledAttention
+from ..inference import Inference
 from ..relative_position import RelativePosition
 from .config import Config
 
@@ -174,7 +175,11 @@ class Convolution(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The layers, and the relative-position table that they share."""
+    """The layers, and the relative-position table that they share.
+
+    Attributes:
+        inference: how calls in eval mode without gradients run on the CPU; None: as all others.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
@@ -187,6 +192,7 @@ class Encoder(nn.Module):
         if "layer_norm" in config.norm_rel_ebd.lower():
             self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.conv = Convolution(config) if config.conv_kernel_size > 0 else None
+        self.inference: Inference | None = Inference()
 
     def relative_table(self) -> Tensor | None:
         """[2 * span, hidden], normalised once for all layers; None without relative attention."""
@@ -201,10 +207,16 @@ class Encoder(nn.Module):
         mask: Tensor | None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
-    ) -> list[Tensor]:
+    ) -> Sequence[Tensor]:
         """The embeddings and every layer's output, each like x."""
         if self.conv is not None and cu_seqlens is not None:
             raise ValueError("cu_seqlens: a model with a convolution takes padded batches only")
+        if self.inference is not None:
+            inferred = self.inference.run(
+                self, self.relative_table, x, mask, cu_seqlens, max_seqlen
+            )
+            if inferred is not None:
+                return inferred
         attention = {
             "attention_mask": mask,
             "relative_pos": self.relative_position,
@@ -239,7 +251,7 @@ class Backbone(nn.Module):
         inputs_embeds: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
-    ) -> list[Tensor]:
+    ) -> Sequence[Tensor]:
         """Embeddings and every layer's output, [B, L, hidden] or packed [T, hidden].
 
         Raises:

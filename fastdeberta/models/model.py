@@ -16,7 +16,8 @@ HEADS = ("base", "mlm", "rtd", "sequence")
 class ModelOutput:
     """What a model returns; None where it does not apply.
 
-    last_hidden_state: [B, L, hidden] or packed [T, hidden].
+    last_hidden_state: [B, L, hidden] or packed [T, hidden]. In eval mode without gradients, on the
+        CPU, rows of padding are zeros; elsewhere they hold no meaning.
     logits: mlm [B, L, vocab]; rtd [B, L]; sequence [B, num_labels].
     loss: scalar, when labels were given.
     hidden_states: embeddings and every layer's output, when asked for.
@@ -100,7 +101,7 @@ class Model(nn.Module):
             if logits is None:
                 raise ValueError("labels: a model without a head (head='base') has no loss")
             loss = self._loss(logits, labels, attention_mask)
-        return ModelOutput(hidden, logits, loss, states if output_hidden_states else None)
+        return ModelOutput(hidden, logits, loss, list(states) if output_hidden_states else None)
 
     def _logits(self, hidden: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
         if self.head_name == "base":
