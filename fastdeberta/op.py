@@ -79,17 +79,17 @@ def _run(function: Callable, device: torch.device, *args):
 
 @torch.library.impl("fastdeberta::forward", "CompositeExplicitAutograd")
 def _forward(query, key, value, pos_key, pos_query, *params_and_backend):
-    *params, backend = params_and_backend
+    *values, backend = params_and_backend
     forward = backends.load(backend).forward
-    params = _params(query, *params)
+    params = _params(query, *values)
     return _run(forward, query.device, query, key, value, pos_key, pos_query, params)
 
 
 @torch.library.impl("fastdeberta::backward", "CompositeExplicitAutograd")
 def _backward(dout, query, key, value, pos_key, pos_query, out, lse, *params_and_backend):
-    *params, backend = params_and_backend
+    *values, backend = params_and_backend
     backward = backends.load(backend).backward
-    params = _params(query, *params)
+    params = _params(query, *values)
     inputs = (dout, query, key, value, pos_key, pos_query, out, lse)
     grads = _run(backward, query.device, *inputs, params)
     # A schema cannot return "Tensor?": an absent table's gradient travels as an empty tensor.
