@@ -24,7 +24,7 @@ struct BackwardScratch {
   Word *probs, *dscores_by_query, *dscores_by_key, *band_rows, *band_pairs;
   float *c2p, *p2c, *dc2p, *dp2c, *scores, *dscores;
   float *dkey, *dvalue, *dquery, *dqueries, *lse, *delta;
-  float *far, *du, *dw, *line, *line2, *dpos_key, *dpos_query;
+  float *far, *du, *dw, *line, *line2, *total, *dpos_key, *dpos_query;
 
   size_t carve(char* data, int dim, int64_t band_stride, int table_rows, int64_t queries_at_most) {
     Arena arena(data);
@@ -62,6 +62,7 @@ struct BackwardScratch {
     dw = arena.take<float>(2 * kSuperN);
     line = arena.take<float>(dim);
     line2 = arena.take<float>(dim);
+    total = arena.take<float>(dim);
     dpos_key = arena.take<float>(static_cast<int64_t>(round_up(table_rows, kPanel)) * dim);
     dpos_query = arena.take<float>(static_cast<int64_t>(round_up(table_rows, kPanel)) * dim);
     dquery = arena.take<float>(queries_at_most * dim);
@@ -120,15 +121,17 @@ void score_gradients(const BackwardScratch<T>& w, int keys, int lanes, float sca
   }
 }
 
-// Sums of dscores over keys and over queries, for a tile with one table row.
+// Sums of dscores over keys and over queries, for a tile with one table row. Sums of a tile are
+// made before they join those of others: long sums lose less that way.
 inline void add_sums(const float* dscores, int keys, int lanes, float* du, float* dw) {
+  for (int i = 0; i < lanes; i += kLanes) {
+    Vec total = zero();
+    for (int j = 0; j < keys; ++j) total = add(total, load(dscores + j * kBlockM + i));
+    store(du + i, add(load(du + i), total));
+  }
   for (int j = 0; j < keys; ++j) {
     Vec total = zero();
-    for (int i = 0; i < lanes; i += kLanes) {
-      const Vec ds = load(dscores + j * kBlockM + i);
-      total = add(total, ds);
-      store(du + i, add(load(du + i), ds));
-    }
+    for (int i = 0; i < lanes; i += kLanes) total = add(total, load(dscores + j * kBlockM + i));
     dw[j] += sum(total);
   }
 }
@@ -494,10 +497,14 @@ class BackwardHead {
                      int count, const float* x, float* dcontent, float* dtable) {
     for (int d = p_.head_dim; d < dim_; ++d) w_.line[d] = w_.line2[d] = 0.0f;
     to_float(at<S>(table, row, head_), w_.line, p_.head_dim);
-    for (int n = 0; n < count; ++n) {
-      to_float(at<S>(content, token + n, head_), w_.line2, p_.head_dim);
-      add_scaled(dcontent + static_cast<int64_t>(n) * dim_, x[n], w_.line, dim_);
-      add_scaled(dtable + static_cast<int64_t>(row) * dim_, x[n], w_.line2, dim_);
+    for (int begin = 0; begin < count; begin += kBlockM) {
+      std::memset(w_.total, 0, sizeof(float) * dim_);
+      for (int n = begin; n < std::min(begin + kBlockM, count); ++n) {
+        to_float(at<S>(content, token + n, head_), w_.line2, p_.head_dim);
+        add_scaled(dcontent + static_cast<int64_t>(n) * dim_, x[n], w_.line, dim_);
+        add_scaled(w_.total, x[n], w_.line2, dim_);
+      }
+      add_scaled(dtable + static_cast<int64_t>(row) * dim_, 1.0f, w_.total, dim_);
     }
   }
 

@@ -69,7 +69,7 @@ FD_INLINE void softmax_columns(float* scores, int keys, float c, const float* u,
     new_max[n] = max(old_max[n], add(new_max[n], extra));
     store(row_max + n * kLanes, new_max[n]);
     factor[n] = exp2(mul(sub(old_max[n], new_max[n]), scale));
-    total[n] = mul(load(row_sum + n * kLanes), factor[n]);
+    total[n] = zero();
     shift[n] = mul(sub(new_max[n], extra), scale);
     grown |= any_less(factor[n], 1.0f);
   }
@@ -103,7 +103,10 @@ FD_INLINE void softmax_columns(float* scores, int keys, float c, const float* u,
 #endif
   }
   FD_UNROLL
-  for (int n = 0; n < kVecs; ++n) store(row_sum + n * kLanes, total[n]);
+  for (int n = 0; n < kVecs; ++n) {
+    // A tile is summed by itself: a long sum loses less that way.
+    store(row_sum + n * kLanes, fma(load(row_sum + n * kLanes), factor[n], total[n]));
+  }
   if (first || !grown) return;
   for (int d = 0; d < dim; ++d) {
     FD_UNROLL
