@@ -10,7 +10,7 @@
 // column sums of dscores are all that its position terms need.
 #pragma once
 
-#include "tile.h"
+#include "super_tile.h"
 
 namespace fastdeberta::cpu {
 namespace {
@@ -19,24 +19,25 @@ template <class T>
 struct BackwardScratch {
   using Word = typename T::Word;
   // Rows are [n][words]; transposed ones [words][kBlockM] a block; paired ones as pair_rows makes.
-  Word *query_rows, *queries, *query_pairs, *dout_rows, *douts, *dout_pairs, *shifted;
+  SuperTileScratch<T> super_tile;
+  Word *query_rows, *queries, *query_pairs, *dout_rows, *douts, *dout_pairs;
   Word *key_rows, *key_pairs, *value_rows;
   Word *probs, *dscores_by_query, *dscores_by_key, *band_rows, *band_pairs;
-  float *c2p, *p2c, *dc2p, *dp2c, *scores, *dscores;
+  float *dc2p, *dp2c, *scores, *dscores;
   float *dkey, *dvalue, *dquery, *dqueries, *lse, *delta;
-  float *far, *du, *dw, *line, *line2, *total, *dpos_key, *dpos_query;
+  float *du, *dw, *line, *line2, *total, *dpos_key, *dpos_query;
 
   size_t carve(char* data, int dim, int64_t band_stride, int table_rows, int64_t queries_at_most) {
     Arena arena(data);
     const int words = dim / T::kPerWord;
     const bool paired = T::kPerWord > 1;
+    super_tile.carve(arena, words, band_stride);
     query_rows = arena.take<Word>(kSuperM * words);
     queries = arena.take<Word>(kSuperM * words);
     query_pairs = arena.take<Word>(paired ? kSuperM * words : 0);
     dout_rows = arena.take<Word>(kSuperM * words);
     douts = arena.take<Word>(kSuperM * words);
     dout_pairs = arena.take<Word>(paired ? kSuperM * words : 0);
-    shifted = arena.take<Word>(kBlockM * words);
     key_rows = arena.take<Word>(kSuperN * words);
     key_pairs = arena.take<Word>(paired ? kSuperN * words : 0);
     value_rows = arena.take<Word>(kSuperN * words);
@@ -48,8 +49,6 @@ struct BackwardScratch {
     static_assert(kSuperM == kSuperN, "one size of band serves queries and keys");
     band_rows = arena.take<Word>(paired ? band / 2 : 0);
     band_pairs = arena.take<Word>(paired ? band / 2 : 0);
-    c2p = arena.take<float>(band + kGroup);
-    p2c = arena.take<float>(band + kGroup);
     dc2p = arena.take<float>(band + kGroup);
     dp2c = arena.take<float>(band + kGroup);
     scores = arena.take<float>(tile);
@@ -57,7 +56,6 @@ struct BackwardScratch {
     dkey = arena.take<float>(kSuperN * dim);
     dvalue = arena.take<float>(kSuperN * dim);
     dqueries = arena.take<float>(kBlockM * dim);
-    far = arena.take<float>(kBlockM);
     du = arena.take<float>(2 * kSuperM);
     dw = arena.take<float>(2 * kSuperN);
     line = arena.take<float>(dim);
@@ -78,11 +76,12 @@ struct BackwardScratch {
 // lse: +inf for queries that attend to nothing. It is subtracted before the change of base, after
 // which the difference is small and so is its rounding error.
 template <class T>
-void score_gradients(const BackwardScratch<T>& w, int keys, int lanes, float scale,
-                     float keep_scale, const float* u, const float* lse, const float* delta,
+void score_gradients(const BackwardScratch<T>& w, const ScoreTile& tile, float scale,
+                     float keep_scale, const float* lse, const float* delta,
                      const DropoutBits* dropout) {
-  for (int i = 0; i < lanes; i += kLanes) {
-    const Vec shift = u ? sub(load(lse + i), mul(load(u + i), set1(scale))) : load(lse + i);
+  for (int i = 0; i < tile.lanes; i += kLanes) {
+    const Vec far = tile.u ? mul(load(tile.u + i), set1(scale)) : zero();
+    const Vec shift = sub(load(lse + i), far);
     const Vec row_delta = load(delta + i), factor = set1(scale), log2e = set1(kLog2E);
     const auto one = [&](int j, Vec& p, Vec& ds) {
       const int at = j * kBlockM + i;
@@ -99,14 +98,14 @@ void score_gradients(const BackwardScratch<T>& w, int keys, int lanes, float sca
       store(w.dscores + at, ds);
     };
     if constexpr (T::kPerWord == 1) {
-      for (int j = 0; j < keys; ++j) {
+      for (int j = 0; j < tile.keys; ++j) {
         Vec p, ds;
         one(j, p, ds);
         store(w.scores + j * kBlockM + i, p);
       }
     } else {
 #ifdef FD_BF16
-      for (int j = 0; j < keys; j += 2) {
+      for (int j = 0; j < tile.keys; j += 2) {
         Vec p0, p1, ds0, ds1;
         one(j, p0, ds0);
         one(j + 1, p1, ds1);
@@ -217,23 +216,16 @@ class BackwardHead {
 
   BackwardHead(const Call& call, int head, const BackwardScratch<T>& scratch,
                const DropoutRule* rule)
-      : call_(call), p_(call.p), w_(scratch), rule_(rule), head_(head) {
+      : call_(call), p_(call.p), w_(scratch), tables_(call, head), rule_(rule), head_(head) {
     dim_ = padded_dim<T>(p_.head_dim);
     words_ = dim_ / T::kPerWord;
-    has_c2p_ = p_.pos_key.data, has_p2c_ = p_.pos_query.data;
-    const int64_t table_words = round_up(p_.table_rows, kPanel) * words_;
-    const auto table = [&](char* data) {
-      return reinterpret_cast<const Word*>(data) + head * table_words;
-    };
-    if (has_c2p_) key_panels_ = table(call.key_panels), key_table_ = table(call.key_rows);
-    if (has_p2c_) query_panels_ = table(call.query_panels), query_table_ = table(call.query_rows);
   }
 
   void run(const BackwardPart& part, float* dquery_share) {
     const int64_t used = static_cast<int64_t>(call_.used_begin) * dim_;
     const size_t used_bytes = sizeof(float) * (call_.used_end - call_.used_begin) * dim_;
-    if (has_c2p_) std::memset(w_.dpos_key + used, 0, used_bytes);
-    if (has_p2c_) std::memset(w_.dpos_query + used, 0, used_bytes);
+    if (tables_.key_panels) std::memset(w_.dpos_key + used, 0, used_bytes);
+    if (tables_.query_panels) std::memset(w_.dpos_query + used, 0, used_bytes);
     for (int n = part.first; n < part.last; ++n) {
       const Sequence& sequence = call_.sequences[n];
       if (sequence.begin == sequence.end) continue;
@@ -317,135 +309,92 @@ class BackwardHead {
   }
 
   void super_tile(const Sequence& sequence, int n, int query_begin, int super, int keys) {
-    const Positions& positions = call_.positions;
     const int count = std::min(kSuperM, sequence.end - query_begin);
     const int queries = static_cast<int>(round_up(count, kGroup));
     const int offset = query_begin - sequence.aligned_begin();
-    pack(w_.query_rows, w_.queries, p_.query, sequence.start + query_begin, count, queries);
-    pack(w_.dout_rows, w_.douts, p_.dout, sequence.start + query_begin, count, queries);
+    const int64_t first_token = sequence.start + query_begin;
+    pack_blocks<T>(at<S>(p_.query, first_token, head_), p_.query.stride, count, queries,
+                   p_.head_dim, w_.query_rows, w_.queries);
+    pack_blocks<T>(at<S>(p_.dout, first_token, head_), p_.dout.stride, count, queries, p_.head_dim,
+                   w_.dout_rows, w_.douts);
     query_pairs_ = pair_rows<T>(w_.query_rows, queries, words_, w_.query_pairs);
     dout_pairs_ = pair_rows<T>(w_.dout_rows, queries, words_, w_.dout_pairs);
 
-    const int low = query_begin - (super + keys - 1), high = query_begin + queries - 1 - super;
-    const bool has_positions = has_c2p_ || has_p2c_;
-    const bool is_near = has_positions && !positions.is_far(low, high);
-    const auto met_by_query = [&](int i) {
-      return rows_met(positions, low + i, query_begin + i + kGroup - 1 - super);
-    };
-    const auto met_by_key = [&](int j) {
-      return rows_met(positions, query_begin - (super + j + kGroup - 1), high - j);
-    };
-    Band c2p, p2c, dc2p, dp2c;
-    int base = 0;
-    if (is_near) {
-      base = rows_met(positions, low, high).begin;
-      if (has_c2p_) {
-        c2p = {w_.c2p - base, call_.band_stride}, dc2p = {w_.dc2p - base, call_.band_stride};
-        make_band<T>(w_.query_rows, queries, words_, key_panels_, c2p, met_by_query);
-        clear_band(dc2p, queries, met_by_query);
-      }
-      if (has_p2c_) {
-        p2c = {w_.p2c - base, call_.band_stride}, dp2c = {w_.dp2c - base, call_.band_stride};
-        make_band<T>(w_.key_rows, keys, words_, query_panels_, p2c, met_by_key);
-        clear_band(dp2c, keys, met_by_key);
-      }
+    SuperTile<T> super_tile(call_, tables_, w_.super_tile, words_, query_begin, queries,
+                            w_.query_rows, w_.queries, super, keys, w_.key_rows);
+    const auto met_by_query = [&](int i) { return super_tile.met_by_query(i); };
+    const auto met_by_key = [&](int j) { return super_tile.met_by_key(j); };
+    Band dc2p, dp2c;
+    if (super_tile.is_near() && tables_.key_panels) {
+      dc2p = {w_.dc2p - super_tile.base(), call_.band_stride};
+      clear_band(dc2p, queries, met_by_query);
+    }
+    if (super_tile.is_near() && tables_.query_panels) {
+      dp2c = {w_.dp2c - super_tile.base(), call_.band_stride};
+      clear_band(dp2c, keys, met_by_key);
     }
     // Sums of far tiles, for either side of saturation.
     bool is_summed[2] = {false, false};
     int far_row[2] = {0, 0};
 
     for (int i = 0; i < queries; i += kBlockM) {
-      const int lanes = std::min(kBlockM, queries - i), query = query_begin + i;
-      const Word* content = w_.queries + static_cast<int64_t>(i) * words_;
       const Word* douts = w_.douts + static_cast<int64_t>(i) * words_;
-      FarQueries<T> far{content, w_.shifted, w_.far};
       bool first = true;
       for (int j = 0; j < keys; j += kBlockN) {
-        const int key = super + j, tile_keys = std::min(kBlockN, keys - j);
-        if (p_.causal && key > query + lanes - 1) break;
-        const int distance = query - key;
-        const bool tile_near =
-            is_near && !positions.is_far(distance - tile_keys + 1, distance + lanes - 1);
-        const Word* key_rows = w_.key_rows + static_cast<int64_t>(j) * words_;
-        const float* u = nullptr;
-        const auto rows_of = [](const Band& band, int row) {
-          return Band{band.data ? band.row(row) : nullptr, band.stride};
-        };
-        if (tile_near) {
-          skew<false>(positions, distance, rows_of(c2p, i), rows_of(p2c, j), w_.scores, tile_keys,
-                      lanes);
-          gemm<T, true>(tile_keys, lanes, words_, key_rows, words_, 1, content, kBlockM, w_.scores,
-                        kBlockM);
-        } else {
-          const Word* seen = content;
-          if (has_positions) {
-            far.prepare(positions.row(distance), words_, lanes, key_panels_, query_panels_);
-            seen = has_p2c_ ? w_.shifted : content;
-            u = has_c2p_ ? w_.far : nullptr;
-          }
-          gemm<T, false>(tile_keys, lanes, words_, key_rows, words_, 1, seen, kBlockM, w_.scores,
-                         kBlockM);
-        }
-        gemm<T, false>(tile_keys, lanes, words_, w_.value_rows + static_cast<int64_t>(j) * words_,
-                       words_, 1, douts, kBlockM, w_.dscores, kBlockM);
-        mask_scores(w_.scores, tile_keys, lanes,
-                    list_.any_dead[j / kBlockN] ? list_.dead + j : nullptr, p_.causal, query, key);
-        if (rule_) {
-          dropout_.fill(*rule_, static_cast<uint32_t>(n * p_.heads + head_), query, key, tile_keys,
-                        lanes);
-        }
-        score_gradients<T>(w_, tile_keys, lanes, p_.softmax_scale,
-                           static_cast<float>(1.0 / (1.0 - p_.dropout_p)), u, w_.lse + offset + i,
+        if (p_.causal && super + j > query_begin + std::min(i + kBlockM, queries) - 1) break;
+        const ScoreTile tile = super_tile.scores(i, j, w_.scores);
+        gemm<T, false>(tile.keys, tile.lanes, words_,
+                       w_.value_rows + static_cast<int64_t>(j) * words_, words_, 1, douts, kBlockM,
+                       w_.dscores, kBlockM);
+        mask_scores(w_.scores, tile, list_.dead_from(j), p_.causal);
+        if (rule_) dropout_.fill(*rule_, static_cast<uint32_t>(n * p_.heads + head_), tile);
+        score_gradients<T>(w_, tile, p_.softmax_scale,
+                           static_cast<float>(1.0 / (1.0 - p_.dropout_p)), w_.lse + offset + i,
                            w_.delta + offset + i, rule_ ? &dropout_ : nullptr);
-        content_gradients(i, j, tile_keys, lanes, first);
+        content_gradients(i, j, tile.keys, tile.lanes, first);
         first = false;
-        if (tile_near) {
-          skew<true>(positions, distance, rows_of(dc2p, i), rows_of(dp2c, j), w_.dscores, tile_keys,
-                     lanes);
-        } else if (has_positions) {
+        const int distance = tile.query - tile.key;
+        if (tile.is_near) {
+          skew<true>(call_.positions, distance, dc2p.from(i), dp2c.from(j), w_.dscores, tile.keys,
+                     tile.lanes);
+        } else if (tables_.any()) {
           const int side = distance > 0;
           if (!is_summed[side]) {
             is_summed[side] = true;
-            far_row[side] = positions.row(distance);
+            far_row[side] = call_.positions.row(distance);
             std::memset(w_.du + side * kSuperM, 0, sizeof(float) * kSuperM);
             std::memset(w_.dw + side * kSuperN, 0, sizeof(float) * kSuperN);
           }
-          add_sums(w_.dscores, tile_keys, lanes, w_.du + side * kSuperM + i,
+          add_sums(w_.dscores, tile.keys, tile.lanes, w_.du + side * kSuperM + i,
                    w_.dw + side * kSuperN + j);
         }
       }
-      if (!first) add_transposed(w_.dquery + static_cast<int64_t>(offset + i) * dim_, lanes);
+      if (!first) {
+        add_transposed(w_.dquery + static_cast<int64_t>(offset + i) * dim_,
+                       std::min(kBlockM, queries - i));
+      }
     }
 
     float* dquery = w_.dquery + static_cast<int64_t>(offset) * dim_;
     if (dc2p.data) {
-      multiply_band<T>(w_, dc2p, base, queries, dim_, query_pairs_, key_table_, dquery, w_.dpos_key,
-                       met_by_query);
+      multiply_band<T>(w_, dc2p, super_tile.base(), queries, dim_, query_pairs_, tables_.key_rows,
+                       dquery, w_.dpos_key, met_by_query);
     }
     if (dp2c.data) {
-      multiply_band<T>(w_, dp2c, base, keys, dim_, key_pairs_, query_table_, w_.dkey, w_.dpos_query,
-                       met_by_key);
+      multiply_band<T>(w_, dp2c, super_tile.base(), keys, dim_, key_pairs_, tables_.query_rows,
+                       w_.dkey, w_.dpos_query, met_by_key);
     }
     for (int side = 0; side < 2; ++side) {
       if (!is_summed[side]) continue;
-      if (has_c2p_) {
-        far_gradients(p_.pos_key, far_row[side], p_.query, sequence.start + query_begin, count,
+      if (tables_.key_panels) {
+        far_gradients(p_.pos_key, far_row[side], p_.query, first_token, count,
                       w_.du + side * kSuperM, dquery, w_.dpos_key);
       }
-      if (has_p2c_) {
+      if (tables_.query_panels) {
         far_gradients(p_.pos_query, far_row[side], p_.key, sequence.start + super,
                       std::min(keys, sequence.end - super), w_.dw + side * kSuperN, w_.dkey,
                       w_.dpos_query);
       }
-    }
-  }
-
-  void pack(Word* rows, Word* transposed, const HeadsView& from, int64_t token, int count,
-            int padded) {
-    pack_rows<T>(at<S>(from, token, head_), from.stride, count, padded, p_.head_dim, rows);
-    for (int i = 0; i < padded; i += kBlockM) {
-      transpose_words<T>(rows + static_cast<int64_t>(i) * words_, std::min(kBlockM, padded - i),
-                         words_, transposed + static_cast<int64_t>(i) * words_, kBlockM);
     }
   }
 
@@ -511,12 +460,10 @@ class BackwardHead {
   const Call& call_;
   const AttentionParams& p_;
   const BackwardScratch<T>& w_;
+  const Tables<T> tables_;
   const DropoutRule* rule_;
   const int head_;
   int dim_, words_;
-  bool has_c2p_, has_p2c_;
-  const Word *key_panels_ = nullptr, *query_panels_ = nullptr;
-  const Word *key_table_ = nullptr, *query_table_ = nullptr;
   const Word *key_pairs_, *query_pairs_, *dout_pairs_;
   KeyList list_;
   DropoutBits dropout_;

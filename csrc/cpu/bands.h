@@ -18,6 +18,7 @@ struct Band {
   float* data = nullptr;
   int64_t stride = 0;
   float* row(int i) const { return data + i * stride; }
+  Band from(int i) const { return {data ? row(i) : nullptr, stride}; }
 };
 
 // Table rows in whole groups.
@@ -128,8 +129,7 @@ void skew_tile(const Positions& positions, int distance, const Band& c2p, const 
         for (int jj = j; jj < j + kGroup; jj += kLanes) {
           for (int ii = i; ii < i + kGroup; ii += kLanes) {
             const int32_t* row = positions.rows_from(distance + ii - jj);
-            const Band c{kC2p ? c2p.row(ii) : nullptr, c2p.stride};
-            const Band p{kP2c ? p2c.row(jj) : nullptr, p2c.stride};
+            const Band c = c2p.from(ii), p = p2c.from(jj);
             float* block = scores + jj * kBlockM + ii;
             if constexpr (kBackward) {
               unskew_block<kSlope, kC2p, kP2c>(row, c, p, block);

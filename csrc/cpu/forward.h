@@ -7,7 +7,7 @@
 // step is lane by lane.
 #pragma once
 
-#include "tile.h"
+#include "super_tile.h"
 
 namespace fastdeberta::cpu {
 namespace {
@@ -16,26 +16,24 @@ namespace {
 template <class T>
 struct ForwardScratch {
   using Word = typename T::Word;
-  Word *query_rows, *queries, *shifted, *key_rows, *value_rows, *values, *probs;
-  float *c2p, *p2c, *scores, *out, *row_max, *row_sum, *far, *line;
+  SuperTileScratch<T> super_tile;
+  Word *query_rows, *queries, *key_rows, *value_rows, *values, *probs;
+  float *scores, *out, *row_max, *row_sum, *line;
 
   size_t carve(char* data, int dim, int64_t band_stride) {
     Arena arena(data);
     const int words = dim / T::kPerWord;
     query_rows = arena.take<Word>(kSuperM * words);
     queries = arena.take<Word>(kSuperM * words);
-    shifted = arena.take<Word>(kBlockM * words);
+    super_tile.carve(arena, words, band_stride);
     key_rows = arena.take<Word>(kSuperN * words);
     value_rows = arena.take<Word>(kSuperN * words);
     values = arena.take<Word>(T::kPerWord == 1 ? 0 : kSuperN * words);
     probs = arena.take<Word>(T::kPerWord == 1 ? 0 : kBlockN * kBlockM / 2);
-    c2p = arena.take<float>(kSuperM * band_stride + kGroup);
-    p2c = arena.take<float>(kSuperN * band_stride + kGroup);
     scores = arena.take<float>(kBlockN * kBlockM);
     out = arena.take<float>(kSuperM * dim);
     row_max = arena.take<float>(kSuperM);
     row_sum = arena.take<float>(kSuperM);
-    far = arena.take<float>(kBlockM);
     line = arena.take<float>(kLanes * dim);
     return arena.used();
   }
@@ -157,7 +155,7 @@ void finish_block(const Call& call, const Sequence& sequence, int head, int quer
     for (int s = 0; s < count; ++s) {
       const int64_t token = sequence.start + query + i + s;
       const bool attends = !p.key_mask || p.key_mask[token];
-      if (query + i + s < sequence.begin) continue;  // belongs to nobody: see clear_padding
+      if (query + i + s < sequence.begin) continue;  // padding: the launcher's
       S* to = static_cast<S*>(p.out) + (token * p.heads + head) * p.head_dim;
       if (attends) {
         from_float(line + s * dim, to, p.head_dim);
@@ -180,16 +178,9 @@ void forward_item(const Call& call, const ForwardItem& item, int head, const For
                   const DropoutRule* rule) {
   using Word = typename T::Word;
   const AttentionParams& p = call.p;
-  const Positions& positions = call.positions;
   const Sequence& sequence = call.sequences[item.sequence];
   const int dim = padded_dim<T>(p.head_dim), words = dim / T::kPerWord;
-  const bool has_c2p = p.pos_key.data, has_p2c = p.pos_query.data,
-             has_positions = has_c2p || has_p2c;
-  const int64_t panel_words = round_up(p.table_rows, kPanel) * words;
-  const Word* key_panels =
-      has_c2p ? reinterpret_cast<const Word*>(call.key_panels) + head * panel_words : nullptr;
-  const Word* query_panels =
-      has_p2c ? reinterpret_cast<const Word*>(call.query_panels) + head * panel_words : nullptr;
+  const Tables<T> tables(call, head);
   const uint32_t sequence_head = static_cast<uint32_t>(item.sequence * p.heads + head);
   const float c = p.softmax_scale * kLog2E;
 
@@ -198,13 +189,8 @@ void forward_item(const Call& call, const ForwardItem& item, int head, const For
   const int queries = static_cast<int>(round_up(query_end - query_begin, kGroup));
   const int key_end = p.causal ? std::min(sequence.end, query_end) : sequence.end;
 
-  pack_rows<T>(at<S>(p.query, sequence.start + query_begin, head), p.query.stride,
-               query_end - query_begin, queries, p.head_dim, w.query_rows);
-  for (int i = 0; i < queries; i += kBlockM) {
-    transpose_words<T>(w.query_rows + static_cast<int64_t>(i) * words,
-                       std::min(kBlockM, queries - i), words,
-                       w.queries + static_cast<int64_t>(i) * words, kBlockM);
-  }
+  pack_blocks<T>(at<S>(p.query, sequence.start + query_begin, head), p.query.stride,
+                 query_end - query_begin, queries, p.head_dim, w.query_rows, w.queries);
   std::fill(w.row_max, w.row_max + queries, -1e30f);
   std::fill(w.row_sum, w.row_sum + queries, 0.0f);
 
@@ -220,59 +206,18 @@ void forward_item(const Call& call, const ForwardItem& item, int head, const For
     const Word* values = pair_rows<T>(w.value_rows, keys, words, w.values);
     list.fill(p, sequence, super, keys);
 
-    // Distances of the super-tile, as far as any query or key exists.
-    const int low = query_begin - (super + keys - 1), high = query_begin + queries - 1 - super;
-    const bool is_near = has_positions && !positions.is_far(low, high);
-    Band c2p, p2c;
-    if (is_near) {
-      const int base = rows_met(positions, low, high).begin;
-      if (has_c2p) {
-        c2p = {w.c2p - base, call.band_stride};
-        make_band<T>(w.query_rows, queries, words, key_panels, c2p, [&](int i) {
-          return rows_met(positions, low + i, query_begin + i + kGroup - 1 - super);
-        });
-      }
-      if (has_p2c) {
-        p2c = {w.p2c - base, call.band_stride};
-        make_band<T>(w.key_rows, keys, words, query_panels, p2c, [&](int j) {
-          return rows_met(positions, query_begin - (super + j + kGroup - 1), high - j);
-        });
-      }
-    }
-
+    SuperTile<T> super_tile(call, tables, w.super_tile, words, query_begin, queries, w.query_rows,
+                            w.queries, super, keys, w.key_rows);
     for (int i = 0; i < queries; i += kBlockM) {
-      const int lanes = std::min(kBlockM, queries - i), query = query_begin + i;
-      const Word* content = w.queries + static_cast<int64_t>(i) * words;
       float* out = w.out + static_cast<int64_t>(i) * dim;
-      FarQueries<T> far{content, w.shifted, w.far};
       for (int j = 0; j < keys; j += kBlockN) {
-        const int key = super + j, tile_keys = std::min(kBlockN, keys - j);
-        if (p.causal && key > query + lanes - 1) break;
-        const Word* key_rows = w.key_rows + static_cast<int64_t>(j) * words;
-        const int distance = query - key;
-        const float* u = nullptr;
-        if (is_near && !positions.is_far(distance - tile_keys + 1, distance + lanes - 1)) {
-          const Band c{c2p.data ? c2p.row(i) : nullptr, c2p.stride};
-          const Band r{p2c.data ? p2c.row(j) : nullptr, p2c.stride};
-          skew<false>(positions, distance, c, r, w.scores, tile_keys, lanes);
-          gemm<T, true>(tile_keys, lanes, words, key_rows, words, 1, content, kBlockM, w.scores,
-                        kBlockM);
-        } else {
-          const Word* seen = content;
-          if (has_positions) {
-            far.prepare(positions.row(distance), words, lanes, key_panels, query_panels);
-            seen = has_p2c ? w.shifted : content;
-            u = has_c2p ? w.far : nullptr;
-          }
-          gemm<T, false>(tile_keys, lanes, words, key_rows, words, 1, seen, kBlockM, w.scores,
-                         kBlockM);
-        }
-        mask_scores(w.scores, tile_keys, lanes,
-                    list.any_dead[j / kBlockN] ? list.dead + j : nullptr, p.causal, query, key);
-        if (rule) dropout.fill(*rule, sequence_head, query, key, tile_keys, lanes);
+        if (p.causal && super + j > query_begin + std::min(i + kBlockM, queries) - 1) break;
+        const ScoreTile tile = super_tile.scores(i, j, w.scores);
+        mask_scores(w.scores, tile, list.dead_from(j), p.causal);
+        if (rule) dropout.fill(*rule, sequence_head, tile);
         const bool first = super == sequence.aligned_begin() && j == 0;
-        softmax<T>(w.scores, tile_keys, lanes, c, u, w.row_max + i, w.row_sum + i, w.probs,
-                   rule ? &dropout : nullptr, out, dim, first);
+        softmax<T>(w.scores, tile.keys, tile.lanes, c, tile.u, w.row_max + i, w.row_sum + i,
+                   w.probs, rule ? &dropout : nullptr, out, dim, first);
         const Word* probs = nullptr;
         if constexpr (T::kPerWord == 1) {
           probs = w.scores;
@@ -280,11 +225,11 @@ void forward_item(const Call& call, const ForwardItem& item, int head, const For
           probs = w.probs;
         }
         const Word* tile_values = values + static_cast<int64_t>(j) / T::kPerWord * dim;
-        const int depth = tile_keys / T::kPerWord;
+        const int depth = tile.keys / T::kPerWord;
         if (first) {
-          gemm<T, false>(dim, lanes, depth, tile_values, 1, dim, probs, kBlockM, out, kBlockM);
+          gemm<T, false>(dim, tile.lanes, depth, tile_values, 1, dim, probs, kBlockM, out, kBlockM);
         } else {
-          gemm<T, true>(dim, lanes, depth, tile_values, 1, dim, probs, kBlockM, out, kBlockM);
+          gemm<T, true>(dim, tile.lanes, depth, tile_values, 1, dim, probs, kBlockM, out, kBlockM);
         }
       }
     }

@@ -69,6 +69,18 @@ void transpose_words(const typename T::Word* from, int rows, int words, typename
   }
 }
 
+// pack_rows, and the same rows transposed block by block: [words][kBlockM].
+template <class T, class S>
+void pack_blocks(const S* from, int64_t stride, int rows, int padded_rows, int dim,
+                 typename T::Word* packed, typename T::Word* transposed) {
+  const int words = padded_dim<T>(dim) / T::kPerWord;
+  pack_rows<T>(from, stride, rows, padded_rows, dim, packed);
+  for (int64_t i = 0; i < padded_rows; i += kBlockM) {
+    transpose_words<T>(packed + i * words, std::min<int>(kBlockM, padded_rows - i), words,
+                       transposed + i * words, kBlockM);
+  }
+}
+
 #ifdef FD_BF16
 // Two vectors of 32 bfloat16 to 32 words: pairs of the same place, the first one's lower.
 FD_INLINE void store_pairs(uint32_t* to, __m512i even, __m512i odd) {

@@ -17,10 +17,20 @@ namespace {
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr double kLn2 = 0.69314718055994530942;
 
+// One tile of scores: keys [key, key + keys) in rows, queries [query, query + lanes) in lanes.
+struct ScoreTile {
+  int query, lanes, key, keys;
+  bool is_near;
+  const float* u;  // what far scores lack, by query; or null
+};
+
 // Which keys of a super-tile count, from the call's mask and the sequence's end.
 struct KeyList {
   uint8_t dead[kSuperN];
   bool any_dead[kSuperN / kBlockN];
+
+  // Of the tile from key j on; null if all count.
+  const uint8_t* dead_from(int j) const { return any_dead[j / kBlockN] ? dead + j : nullptr; }
 
   void fill(const AttentionParams& p, const Sequence& sequence, int begin, int padded_count) {
     std::fill(any_dead, any_dead + kSuperN / kBlockN, false);
@@ -39,9 +49,9 @@ FD_INLINE unsigned future(int query, int key) {
   return (1u << lanes) - 1;
 }
 
-// Sets to -inf what is not attended to. `query` and `key` are the tile's first ones.
-inline void mask_scores(float* scores, int keys, int lanes, const uint8_t* dead, bool causal,
-                        int query, int key) {
+// Sets to -inf what is not attended to. dead: by key, or null.
+inline void mask_scores(float* scores, const ScoreTile& tile, const uint8_t* dead, bool causal) {
+  const int query = tile.query, lanes = tile.lanes, key = tile.key, keys = tile.keys;
   const Vec minus_infinity = set1(-INFINITY);
   const bool diagonal = causal && key + keys - 1 > query;
   if (!dead && !diagonal) return;
@@ -65,14 +75,13 @@ struct DropoutBits {
     return static_cast<unsigned>(bits[key][lane / kGroup]) >> (lane % kGroup);
   }
 
-  // `query` and `key` are multiples of kGroup, `keys` and `lanes` too.
-  void fill(const DropoutRule& rule, uint32_t sequence_head, int query, int key, int keys,
-            int lanes) {
-    for (int group = 0; group * kGroup < lanes; ++group) {
+  // Of tiles that begin at multiples of kGroup.
+  void fill(const DropoutRule& rule, uint32_t sequence_head, const ScoreTile& tile) {
+    for (int group = 0; group * kGroup < tile.lanes; ++group) {
       // 16 draws at once: 8 draw rows, which serve 16 queries, times two pairs of keys.
-      const uint32_t row = DropoutRule::draw_row(query + group * kGroup);
-      for (int j = 0; j < keys; j += 4) {
-        const uint32_t pair = static_cast<uint32_t>(key + j) / 2;
+      const uint32_t row = DropoutRule::draw_row(tile.query + group * kGroup);
+      for (int j = 0; j < tile.keys; j += 4) {
+        const uint32_t pair = static_cast<uint32_t>(tile.key + j) / 2;
         uint32_t c0[16], c1[16], c2[16], c3[16];
         for (int n = 0; n < 16; ++n) {
           c0[n] = pair + (n >> 3), c1[n] = row + (n & 7), c2[n] = sequence_head;
@@ -98,37 +107,6 @@ struct DropoutBits {
           bits[j + odd][group] = static_cast<uint16_t>((low & 0xff) | (high & 0xff) << 8);
           bits[j + 2 + odd][group] = static_cast<uint16_t>(low >> 8 | (high & 0xff00));
         }
-      }
-    }
-  }
-};
-
-// The packed queries of a block, to which far tiles add the one table row that they read:
-// q·k + k·pos_query[r] = (q + pos_query[r])·k. With u = q·pos_key[r], a far tile then costs what
-// plain attention does.
-template <class T>
-struct FarQueries {
-  const typename T::Word* content = nullptr;  // [words][kBlockM]
-  typename T::Word* shifted = nullptr;        // the same, shifted
-  float* u = nullptr;                         // [kBlockM]
-  int row = -1;
-
-  // Panels may be null where a term is off.
-  void prepare(int new_row, int words, int lanes, const typename T::Word* key_panels,
-               const typename T::Word* query_panels) {
-    if (row == new_row) return;
-    row = new_row;
-    const int64_t at = static_cast<int64_t>(row / kPanel) * words * kPanel + row % kPanel;
-    if (key_panels) {
-      gemm<T, false>(1, lanes, words, key_panels + at, 0, kPanel, content, kBlockM, u, kBlockM);
-    } else {
-      std::fill(u, u + kBlockM, 0.0f);
-    }
-    if (!query_panels) return;
-    for (int k = 0; k < words; ++k) {
-      const typename T::Word* from = content + k * kBlockM;
-      for (int i = 0; i < lanes; i += kLanes) {
-        T::shift(shifted + k * kBlockM + i, from + i, query_panels[at + k * kPanel]);
       }
     }
   }
