@@ -1,10 +1,11 @@
-"""How long does the attention of one layer take, beside its rivals?
+"""How long does the attention of one layer take, beside its rivals and the machine's limit?
 
-pytest-benchmark times our op; `extra_info` has every rival's median, all taken in turn in one
-process, and the ratios to ours. Projections are left out on every side.
+Projections are left out on every side: rivals start from projected queries, keys, values and
+position tables. Ours is what "auto" takes.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -12,85 +13,93 @@ import torch
 import fastdeberta
 from fastdeberta.timing import interleaved
 
-from .cases import SHAPES, Shape
+from . import limit, memory, rivals
+from .cases import DTYPES, LONG_SHAPES, SHAPES, Shape
+from .race import OURS, Rival, record
+from .rivals import Inputs
 
-RULE = fastdeberta.RelativePosition()
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+
+RIVALS: dict[str, Callable[[Inputs], Callable[[], torch.Tensor]]] = {
+    OURS: rivals.ours,
+    "our reference": partial(rivals.ours, backend="reference"),
+    "transformers eager": rivals.eager,
+    "torch SDPA, content only": rivals.sdpa,
+    "torch FlexAttention": rivals.flex,
+    "disentangled-flash (torch)": rivals.disentangled_flash,
+}
+
+# Lengths from which eager's calls take many seconds.
+SLOW_FROM = {"forward": 8192, "forward+backward": 4096, "backward": 2048}
 
 
-def eager(config, query, key):
-    """transformers' own position terms and softmax, given projected tensors."""
-    module = pytest.importorskip(
-        "transformers.models.deberta_v2.modeling_deberta_v2", reason="transformers is not installed"
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("part", ["forward", "forward+backward", "backward"])
+@pytest.mark.parametrize("shape", SHAPES + LONG_SHAPES, ids=lambda s: s.id)
+def test_attention(race, benchmark, skip_slow, shape: Shape, part: str, dtype: str) -> None:
+    skip_slow(shape.length >= SLOW_FROM[part])
+    benchmark.group = f"attention, {part}, {dtype}"
+    x = Inputs.random(shape, DTYPES[dtype], training=part != "forward")
+
+    def maker(name: str) -> Rival:
+        return Rival(rivals.step(RIVALS[name], x, part), same="content only" not in name)
+
+    peak, how = limit.gemm_peak(DTYPES[dtype])
+    medians = race(
+        {name: partial(maker, name) for name in RIVALS},
+        tolerance=TOLERANCE[dtype],
+        seconds=1.0,
+        least=2 if shape in LONG_SHAPES else 3,
+        turn=0.3 if shape in LONG_SHAPES else 0.05,
     )
-    attention = module.DisentangledSelfAttention(config)
-    # The tables come projected already: identity projections pass them through.
-    attention.key_proj = attention.query_proj = torch.nn.Identity()
-    positions = module.build_relative_position(
-        query, key, bucket_size=RULE.buckets, max_position=RULE.max_distance
+    info = benchmark.extra_info
+    info["backend"] = fastdeberta.explain(*x, x.table, relative_position=limit.RULE).backend
+    info["peak_gflops"], info["peak"] = peak and round(peak / 1e9, 1), how
+    if peak:
+        least = 1e3 * limit.needed_flops(shape, part) / peak
+        info["limit_ms"] = round(least, 4)
+        info["share_of_limit"] = round(least / medians[OURS], 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_padding(benchmark, race, dtype: str) -> None:
+    """What does a mask save, where half of the tokens are padding?"""
+    benchmark.group = "attention, padded batch, forward"
+    shape = Shape(8, 512)
+    x = Inputs.random(shape, DTYPES[dtype])
+    lengths = torch.linspace(0.25, 0.75, shape.batch).mul(shape.length).long()
+    mask = torch.arange(shape.length) < lengths[:, None]
+    race(
+        {
+            OURS: lambda: Rival(rivals.ours(x, key_mask=mask)),
+            "ours, dense": lambda: Rival(rivals.ours(x), same=False),
+        },
+        tolerance=TOLERANCE[dtype],
+        seconds=1.0,
+        turn=0.05,
     )
-
-    def scores(q, k, table):
-        scale = module.scaled_size_sqrt(q, 3)
-        content = torch.bmm(q, k.transpose(-1, -2) / scale)
-        return content + attention.disentangled_attention_bias(q, k, positions, table, 3)
-
-    return scores
+    benchmark.extra_info["share_of_tokens"] = round(float(mask.float().mean()), 3)
 
 
-def rivals(shape: Shape, training: bool) -> dict[str, Callable[[], object]]:
-    """Functions without arguments: ours, transformers' eager code, torch's SDPA (content only)."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    b, n, h, d = shape.batch, shape.length, shape.heads, shape.head_dim
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_growth(benchmark, dtype: str) -> None:
+    """Does a score cost the same in a long sequence as in a short one?"""
+    benchmark.group = "attention, time of one score, forward"
+    shapes = {s.id: s for s in (Shape(1, 2048), Shape(1, 16384), Shape(1, 65536, heads=1))}
+    inputs = {name: Inputs.random(s, DTYPES[dtype]) for name, s in shapes.items()}
+    longest = inputs["1x65536"]
+    if fastdeberta.explain(*longest, longest.table, relative_position=limit.RULE).backend == (
+        "reference"
+    ):
+        pytest.skip("the reference backend holds all scores: 16 GiB a head at 65,536 tokens")
 
-    def tensor(*size: int) -> torch.Tensor:
-        return torch.randn(*size, requires_grad=training)
-
-    q, k, v = (tensor(b, n, h, d) for _ in range(3))
-    table = tensor(2 * RULE.span, h * d)
-    config = transformers.DebertaV2Config(
-        hidden_size=h * d,
-        num_attention_heads=h,
-        relative_attention=True,
-        pos_att_type=["c2p", "p2c"],
-        position_buckets=RULE.buckets,
-        share_att_key=True,
-        hidden_dropout_prob=0.0,
-    )
-    heads_first = [x.detach().transpose(1, 2).reshape(b * h, n, d) for x in (q, k, v)]
-    eq, ek, ev = (x.requires_grad_(training) for x in heads_first)
-    scores = eager(config, eq, ek)
-    sq, sk, sv = (x.unflatten(0, (b, h)) for x in (eq, ek, ev))
-
-    def run(function: Callable[[], torch.Tensor]) -> Callable[[], object]:
-        def forward() -> object:
-            with torch.no_grad():
-                return function()
-
-        return (lambda: function().sum().backward()) if training else forward
-
-    def ours() -> torch.Tensor:
-        # As share_att_key does: both terms read one table.
-        heads = table.unflatten(-1, (h, d))
-        return fastdeberta.disentangled_attention(q, k, v, heads, heads, relative_position=RULE)
-
-    return {
-        "fastdeberta": run(ours),
-        "transformers eager": run(lambda: torch.bmm(scores(eq, ek, table).softmax(-1), ev)),
-        "torch SDPA, content only": run(
-            lambda: torch.nn.functional.scaled_dot_product_attention(sq, sk, sv)
-        ),
+    calls = {name: rivals.ours(x) for name, x in inputs.items()}
+    medians = interleaved(calls, seconds=1.0, least=2, turn=0.1)
+    scores = {name: s.heads * s.length**2 for name, s in shapes.items()}
+    times = {name: 1e6 * medians[name] / scores[name] for name in shapes}
+    record(benchmark, times, "ns a score", ours="1x2048")
+    benchmark.extra_info["mebibytes"] = {
+        name: round(memory.measure("ours", s, "forward", dtype)) for name, s in shapes.items()
     }
-
-
-@pytest.mark.parametrize("training", [False, True], ids=["forward", "forward+backward"])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.id)
-def test_attention(benchmark, shape: Shape, training: bool) -> None:
-    functions = rivals(shape, training)
-    medians = interleaved(functions, seconds=2.0)
-    ours = medians["fastdeberta"]
-    benchmark.extra_info["median_ms"] = {k: round(v, 3) for k, v in medians.items()}
-    benchmark.extra_info["ratio_to_ours"] = {k: round(v / ours, 2) for k, v in medians.items()}
-    benchmark.extra_info["torch"] = torch.__version__
-    benchmark.extra_info["threads"] = torch.get_num_threads()
-    benchmark.pedantic(functions["fastdeberta"], rounds=5, warmup_rounds=1)
+    benchmark.pedantic(calls["1x2048"], rounds=3)

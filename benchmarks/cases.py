@@ -2,26 +2,32 @@
 
 from dataclasses import dataclass
 
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 @dataclass(frozen=True)
 class Shape:
     """A batch of sequences for one layer of a model."""
 
-    model: str
     batch: int
     length: int
+    model: str = "v3-base"
     heads: int = 12
     head_dim: int = 64
 
     @property
     def id(self) -> str:
-        return f"{self.model}-{self.batch}x{self.length}"
+        return f"{self.batch}x{self.length}"
 
 
 SHAPES = [
-    Shape("v3-base", 1, 128),
-    Shape("v3-base", 8, 128),
-    Shape("v3-base", 1, 512),
-    Shape("v3-base", 4, 512),
-    Shape("v3-base", 1, 1024),
+    Shape(1, 32),
+    Shape(1, 128),
+    Shape(8, 128),
+    Shape(1, 512),
+    Shape(4, 512),
+    Shape(1, 1024),
 ]
+LONG_SHAPES = [Shape(1, 2048), Shape(1, 4096)]

@@ -1,0 +1,73 @@
+"""How long does a step of replaced-token-detection pre-training take, with our attention's kernels
+and with its reference?
+
+A step is all that the trainer does with a batch: both networks, sampling, loss, backward, clipping
+and AdamW, dropout as in pre-training. The discriminator is of ELECTRA-small's size with
+DeBERTaV3's attention; the generator has its width and a quarter of its layers.
+"""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from fastdeberta.attention import set_backend
+from fastdeberta.pretraining.pair import Pair
+from fastdeberta.pretraining.settings import PretrainSettings
+from fastdeberta.timing import interleaved
+from fastdeberta.training.optimizer import clip_gradients, make_optimizer, parameter_groups
+
+from .cases import DTYPES, Shape
+from .race import OURS, record
+
+SHAPES = [Shape(16, 128, "small", 4), Shape(4, 512, "small", 4)]
+VOCABULARY, MASK, SPECIAL = 8192, 3, [0, 1, 2, 3]
+
+
+class Training:
+    """A pair, its optimiser and one batch of random tokens."""
+
+    def __init__(self, shape: Shape, dtype: str):
+        hidden = shape.heads * shape.head_dim
+        self.settings = PretrainSettings(
+            discriminator={
+                "hidden_size": hidden,
+                "num_hidden_layers": 12,
+                "num_attention_heads": shape.heads,
+                "intermediate_size": 4 * hidden,
+            },
+            generator={"num_hidden_layers": 3},
+        )
+        configs = self.settings.configs(VOCABULARY, pad_token_id=0)
+        self.pair = Pair(*configs, self.settings.tie, mask_id=MASK, special_ids=SPECIAL).train()
+        groups = parameter_groups(self.pair.parameters(), 1e-4, self.settings.weight_decay)
+        self.optimizer = make_optimizer(groups, self.settings)
+        self.ids = torch.randint(len(SPECIAL), VOCABULARY, (shape.batch, shape.length))
+        self.bf16 = dtype == "bf16"
+
+    def step(self, backend: str) -> None:
+        set_backend(self.pair, backend)
+        autocast = torch.autocast("cpu", torch.bfloat16) if self.bf16 else nullcontext()
+        with autocast:
+            loss = self.pair.losses(self.pair(self.ids)).total(self.settings.rtd_weight)
+        loss.backward()
+        clip_gradients(self.optimizer, self.settings.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.id)
+def test_training(benchmark, shape: Shape, dtype: str) -> None:
+    benchmark.group = f"RTD training step, {dtype}"
+    training = Training(shape, dtype)
+    steps = {
+        OURS: lambda: training.step("auto"),
+        "our reference": lambda: training.step("reference"),
+    }
+    medians = interleaved(steps, seconds=4.0, least=3)
+    record(benchmark, medians)
+    tokens = shape.batch * shape.length
+    benchmark.extra_info["tokens_per_second"] = round(1e3 * tokens / medians[OURS])
+    benchmark.pedantic(steps[OURS], rounds=3)
