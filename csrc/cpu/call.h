@@ -18,8 +18,8 @@ namespace fastdeberta::cpu {
 constexpr int kGroup = 16;
 constexpr int kBlockM = 64;  // queries of a score tile
 constexpr int kBlockN = 128;
-// Queries and keys of a super-tile, whose position bands are made at once. The scratch of a thread
-// depends on these and not on the length of the sequences.
+// Queries and keys of a super-tile, whose position bands are made at once: these bands, most of a
+// thread's scratch, do not grow with the sequences.
 constexpr int kSuperM = 512;
 constexpr int kSuperN = 512;
 // Lanes of a panel of a packed table.
