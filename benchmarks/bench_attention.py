@@ -14,7 +14,7 @@ import fastdeberta
 from fastdeberta.timing import interleaved
 
 from . import limit, memory, rivals
-from .cases import DTYPES, LONG_SHAPES, SHAPES, Shape
+from .cases import DTYPES, LONG_SHAPES, RULE, SHAPES, Shape
 from .race import OURS, Rival, record
 from .rivals import Inputs
 
@@ -54,7 +54,7 @@ def test_attention(race, benchmark, skip_slow, shape: Shape, part: str, dtype: s
         turn=0.3 if shape in LONG_SHAPES else 0.05,
     )
     info = benchmark.extra_info
-    info["backend"] = fastdeberta.explain(*x, x.table, relative_position=limit.RULE).backend
+    info["backend"] = fastdeberta.explain(*x, x.table, relative_position=RULE).backend
     info["peak_gflops"], info["peak"] = peak and round(peak / 1e9, 1), how
     if peak:
         least = 1e3 * limit.needed_flops(shape, part) / peak
@@ -89,7 +89,7 @@ def test_growth(benchmark, dtype: str) -> None:
     shapes = {s.id: s for s in (Shape(1, 2048), Shape(1, 16384), Shape(1, 65536, heads=1))}
     inputs = {name: Inputs.random(s, DTYPES[dtype]) for name, s in shapes.items()}
     longest = inputs["1x65536"]
-    if fastdeberta.explain(*longest, longest.table, relative_position=limit.RULE).backend == (
+    if fastdeberta.explain(*longest, longest.table, relative_position=RULE).backend == (
         "reference"
     ):
         pytest.skip("the reference backend holds all scores: 16 GiB a head at 65,536 tokens")

@@ -4,6 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
+from fastdeberta import RelativePosition
+
+# DeBERTaV3's positions.
+RULE = RelativePosition()
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

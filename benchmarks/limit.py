@@ -4,12 +4,9 @@ import time
 
 import torch
 
-import fastdeberta
 from fastdeberta import libraries
 
-from .cases import Shape
-
-RULE = fastdeberta.RelativePosition()
+from .cases import RULE, Shape
 
 
 def needed_flops(shape: Shape, part: str) -> float:

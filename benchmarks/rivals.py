@@ -16,10 +16,8 @@ from torch import Tensor, nn
 
 import fastdeberta
 
-from .cases import Shape
+from .cases import RULE, Shape
 from .race import Out
-
-RULE = fastdeberta.RelativePosition()
 
 
 class Inputs(NamedTuple):
@@ -190,7 +188,7 @@ def _attention_config(x: Inputs):
 
 
 class Batch(NamedTuple):
-    """A batch without padding, and where models of this session are kept. mask: ones, as a
+    """A batch without padding, and the folder where models are kept. mask: ones, as a
     tokenizer returns it. dtype: of the model."""
 
     input_ids: Tensor

@@ -34,6 +34,7 @@ struct AttentionParams {
 
   const int64_t* rng_state;  // (seed, offset); null: no dropout
   double dropout_p;
+  float keep_scale() const { return static_cast<float>(1.0 / (1.0 - dropout_p)); }
   float softmax_scale;
   bool causal;
   bool uniform_padding;  // masked queries average all values of their sequence

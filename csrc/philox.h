@@ -75,6 +75,10 @@ struct DropoutRule {
     return philox4x32_10({{j >> 1, draw_row(i), sequence_head, offset}}, key0, key1);
   }
 
+  FASTDEBERTA_HOST_DEVICE bool keeps(uint32_t sequence_head, uint32_t i, uint32_t j) const {
+    return keeps(draw(sequence_head, i, j).word[word_index(i, j)]);
+  }
+
   // A score is kept with probability 1 - dropout_p, to within 2^-32.
   FASTDEBERTA_HOST_DEVICE bool keeps(uint32_t word) const { return word >= threshold; }
 };

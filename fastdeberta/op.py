@@ -6,8 +6,7 @@ backend's name as last argument; the backend does the work.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,17 +61,11 @@ def _params(
     )
 
 
-@contextmanager
-def _computing(device: torch.device) -> Iterator[None]:
-    """Neither gradients nor autocast: inputs already have the dtype to be computed in."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield
-
-
 def _run(function: Callable, device: torch.device, *args):
+    """Without gradients or autocast: inputs already have the dtype to be computed in."""
     # Entering a context takes longer than asking whether it is needed.
     if torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
-        with _computing(device):
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
             return function(*args)
     return function(*args)
 

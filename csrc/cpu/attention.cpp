@@ -39,7 +39,7 @@ Scratch::~Scratch() { std::free(data_); }
 
 Positions::Positions(const AttentionParams& params, int reach)
     : first_(params.first_distance), last_(params.last_distance) {
-  // One super-tile further than any distance occurs or matters, for padded queries and keys.
+  // A group further than any distance occurs or matters: blocks of a group look that far.
   limit_ = std::min(reach, std::max(-first_, last_)) + kGroup;
   const int margin = 2 * kGroup;
   storage_.resize(2 * (limit_ + margin) + 1);
@@ -64,9 +64,11 @@ namespace {
 std::vector<const Kernels*> supported_kernels() {
   std::vector<const Kernels*> found;
 #ifdef FD_X86
-  for (const Kernels* kernels : {&kAvx512Bf16, &kAvx512, &kAvx2}) {
-    if (kernels->supported()) found.push_back(kernels);
-  }
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (has_avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&kAvx512Bf16);
+  if (has_avx512) found.push_back(&kAvx512);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kAvx2);
 #endif
   found.push_back(&kPortable);
   return found;
@@ -100,10 +102,12 @@ void find_sequences(Call& call) {
     const int64_t end = p.cu_seqlens ? p.cu_seqlens[n + 1] : start + p.max_seqlen;
     Sequence& s = call.sequences[n];
     s = {start, static_cast<int>(end - start), 0, static_cast<int>(end - start)};
-    if (!p.key_mask) continue;
-    const bool* mask = p.key_mask + start;
-    while (s.end > 0 && !mask[s.end - 1]) --s.end;
-    while (s.begin < s.end && !mask[s.begin]) ++s.begin;
+    if (p.key_mask) {
+      const bool* mask = p.key_mask + start;
+      while (s.end > 0 && !mask[s.end - 1]) --s.end;
+      while (s.begin < s.end && !mask[s.begin]) ++s.begin;
+    }
+    call.longest = std::max(call.longest, s.aligned_length());
   }
 }
 
@@ -111,19 +115,16 @@ void find_sequences(Call& call) {
 Scratch& prepare(Call& call, const Kernels& kernels, bool backward) {
   const AttentionParams& p = call.p;
   find_sequences(call);
-  int longest = 0;
-  for (const Sequence& s : call.sequences) longest = std::max(longest, s.end - s.begin);
-
   static thread_local Scratch tables;
   if (!p.pos_key.data && !p.pos_query.data) return tables;
-  call.positions = Positions(p, longest + kGroup);
-  // Bands have a row more than a power of two might give, or its lines would share cache sets.
-  const int distances =
-      std::min<int>(kSuperM + kSuperN, 2 * static_cast<int>(round_up(longest + kGroup, kGroup)));
+  call.positions = Positions(p, call.longest);
+  // A group more than a band has, for vectors read whole at its end; and no multiple of a power of
+  // two, or its rows would share cache sets.
+  const int distances = std::min(kSuperM + kSuperN, 2 * call.longest);
   call.band_stride = call.positions.most_rows(distances) + kGroup;
   if (call.band_stride % 256 == 0) call.band_stride += kGroup;
-  call.used_begin = round_down_to_group(call.positions.row(-longest - kGroup));
-  call.used_end = static_cast<int>(round_up(call.positions.row(longest + kGroup) + 1, kGroup));
+  call.used_begin = round_down_to_group(call.positions.row(-call.longest));
+  call.used_end = static_cast<int>(round_up(call.positions.row(call.longest) + 1, kGroup));
 
   const size_t bytes = kernels.table_bytes(call);
   char* data = tables.reserve((backward ? 4 : 2) * bytes);
@@ -153,32 +154,25 @@ void uniform_rows(const Call& call) {
   parallel(p.sequences * p.heads, [&](int64_t unit) {
     const int64_t n = unit / p.heads, head = unit % p.heads;
     const Sequence& s = call.sequences[n];
+    const bool* mask = p.key_mask + s.start;
+    if (std::all_of(mask, mask + s.length, [](bool attend) { return attend; })) return;
     const S* values = static_cast<const S*>(p.value.data) + head * p.value.head_stride;
     std::vector<float> line(p.head_dim), total(p.head_dim);
-    const auto average = [&](const auto& counts, float scale) {
+    const float scale = p.keep_scale() / static_cast<float>(s.length);
+    const auto average = [&](const auto& counts) {
       std::fill(total.begin(), total.end(), 0.0f);
       for (int j = 0; j < s.length; ++j) {
         if (!counts(j)) continue;
         to_float(values + (s.start + j) * p.value.stride, line.data(), p.head_dim);
         for (int d = 0; d < p.head_dim; ++d) total[d] += line[d];
       }
-      for (float& x : total) x *= scale / static_cast<float>(s.length);
+      for (float& x : total) x *= scale;
     };
-    bool is_ready = false;
+    const auto rule = dropout_rule(p);
+    if (!rule) average([](int) { return true; });
     for (int i = 0; i < s.length; ++i) {
-      if (p.key_mask[s.start + i]) continue;
-      if (p.rng_state) {
-        const DropoutRule rule(p.rng_state, p.dropout_p);
-        average(
-            [&](int j) {
-              return rule.keeps(
-                  rule.draw(static_cast<uint32_t>(unit), i, j).word[DropoutRule::word_index(i, j)]);
-            },
-            static_cast<float>(1.0 / (1.0 - p.dropout_p)));
-      } else if (!is_ready) {
-        average([](int) { return true; }, 1.0f);
-        is_ready = true;
-      }
+      if (mask[i]) continue;
+      if (rule) average([&](int j) { return rule->keeps(static_cast<uint32_t>(unit), i, j); });
       from_float(total.data(),
                  static_cast<S*>(p.out) + ((s.start + i) * p.heads + head) * p.head_dim,
                  p.head_dim);
@@ -194,27 +188,25 @@ void uniform_rows_backward(const Call& call) {
   parallel(p.sequences * p.heads, [&](int64_t unit) {
     const int64_t n = unit / p.heads, head = unit % p.heads;
     const Sequence& s = call.sequences[n];
+    const bool* mask = p.key_mask + s.start;
+    if (std::all_of(mask, mask + s.length, [](bool attend) { return attend; })) return;
     const S* douts = static_cast<const S*>(p.dout.data) + head * p.dout.head_stride;
     S* dvalues = static_cast<S*>(p.dvalue) + head * p.head_dim;
-    const float scale =
-        static_cast<float>(1.0 / (1.0 - p.dropout_p)) / static_cast<float>(s.length);
+    const float scale = p.keep_scale() / static_cast<float>(s.length);
     std::vector<float> line(p.head_dim), total(p.head_dim);
     const auto add = [&](const auto& counts) {
       for (int i = 0; i < s.length; ++i) {
-        if (p.key_mask[s.start + i] || !counts(i)) continue;
+        if (mask[i] || !counts(i)) continue;
         to_float(douts + (s.start + i) * p.dout.stride, line.data(), p.head_dim);
         for (int d = 0; d < p.head_dim; ++d) total[d] += line[d];
       }
     };
-    if (!p.rng_state) add([](int) { return true; });
+    const auto rule = dropout_rule(p);
+    if (!rule) add([](int) { return true; });
     for (int j = 0; j < s.length; ++j) {
-      if (p.rng_state) {
-        const DropoutRule rule(p.rng_state, p.dropout_p);
+      if (rule) {
         std::fill(total.begin(), total.end(), 0.0f);
-        add([&](int i) {
-          return rule.keeps(
-              rule.draw(static_cast<uint32_t>(unit), i, j).word[DropoutRule::word_index(i, j)]);
-        });
+        add([&](int i) { return rule->keeps(static_cast<uint32_t>(unit), i, j); });
       }
       S* to = dvalues + (s.start + j) * p.heads * p.head_dim;
       to_float(to, line.data(), p.head_dim);
@@ -259,15 +251,14 @@ void cut_backward(Call& call) {
   // A part holds gradients of whole tables: no more parts than keep the threads busy.
   const int64_t wanted =
       threads() == 1 ? 1 : (2 * threads() + p.heads - 1) / std::max<int64_t>(p.heads, 1);
-  int64_t work = 0, longest = 0;
+  int64_t work = 0;
   for (const Sequence& s : call.sequences) {
     work += static_cast<int64_t>(s.end - s.begin) * (s.end - s.begin);
-    longest = std::max<int64_t>(longest, s.end - s.begin);
   }
   const int count = static_cast<int>(call.sequences.size());
-  if (wanted > count && longest > kSuperN) {
+  if (wanted > count && call.longest > kSuperN) {
     const int shares = static_cast<int>(
-        std::min<int64_t>((wanted + count - 1) / count, round_up(longest, kSuperN) / kSuperN));
+        std::min<int64_t>((wanted + count - 1) / count, round_up(call.longest, kSuperN) / kSuperN));
     for (int share = 0; share < shares; ++share) call.parts.push_back({0, count, share, shares});
     return;
   }

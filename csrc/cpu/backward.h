@@ -22,7 +22,8 @@ struct BackwardScratch {
   SuperTileScratch<T> super_tile;
   Word *query_rows, *queries, *query_pairs, *dout_rows, *douts, *dout_pairs;
   Word *key_rows, *key_pairs, *value_rows;
-  Word *probs, *dscores_by_query, *dscores_by_key, *band_rows, *band_pairs;
+  Word *probs, *dscores_by_query, *dscores_by_key;
+  BandPairs<T> pairs;
   float *dc2p, *dp2c, *scores, *dscores;
   float *dkey, *dvalue, *dquery, *dqueries, *lse, *delta;
   float *du, *dw, *line, *line2, *total, *dpos_key, *dpos_query;
@@ -41,14 +42,14 @@ struct BackwardScratch {
     key_rows = arena.take<Word>(kSuperN * words);
     key_pairs = arena.take<Word>(paired ? kSuperN * words : 0);
     value_rows = arena.take<Word>(kSuperN * words);
-    const int tile = kBlockN * kBlockM, pairs = paired ? tile / 2 : 0;
-    probs = arena.take<Word>(pairs);
-    dscores_by_query = arena.take<Word>(pairs);
-    dscores_by_key = arena.take<Word>(pairs);
+    const int tile = kBlockN * kBlockM, tile_pairs = paired ? tile / 2 : 0;
+    probs = arena.take<Word>(tile_pairs);
+    dscores_by_query = arena.take<Word>(tile_pairs);
+    dscores_by_key = arena.take<Word>(tile_pairs);
     const int64_t band = kSuperM * band_stride;
     static_assert(kSuperM == kSuperN, "one size of band serves queries and keys");
-    band_rows = arena.take<Word>(paired ? band / 2 : 0);
-    band_pairs = arena.take<Word>(paired ? band / 2 : 0);
+    pairs.by_row = arena.take<Word>(paired ? band / 2 : 0);
+    pairs.by_content = arena.take<Word>(paired ? band / 2 : 0);
     dc2p = arena.take<float>(band + kGroup);
     dp2c = arena.take<float>(band + kGroup);
     scores = arena.take<float>(tile);
@@ -141,74 +142,6 @@ FD_INLINE void add_scaled(float* a, float x, const float* b, int dim) {
   for (int d = 0; d < dim; d += kLanes) store(a + d, fma(factor, load(b + d), load(a + d)));
 }
 
-// What a band's gradient adds to its contents and to its table:
-//   dcontent += dband · table,   dtable += dbandᵀ · content
-template <class T, class Met>
-void multiply_band(const BackwardScratch<T>& w, const Band& dband, int base, int count, int dim,
-                   const typename T::Word* content_pairs, const typename T::Word* table_pairs,
-                   float* dcontent, float* dtable, const Met& met) {
-  using Word = typename T::Word;
-  // Rows of the content that a block of the second product sums over: its panel of them is read
-  // from the nearest cache.
-  constexpr int kChunk = 64;
-  const Word *rows = nullptr, *columns = nullptr;
-  int64_t row_stride = 0, column_stride = 0;
-  if constexpr (T::kPerWord == 1) {
-    rows = columns = dband.data;
-    row_stride = column_stride = dband.stride;
-  } else {
-#ifdef FD_BF16
-    // Both products sum over pairs: of table rows, and of contents.
-    row_stride = dband.stride / 2, column_stride = dband.stride;
-    rows = w.band_rows - base / 2, columns = w.band_pairs - base;
-    for (int i = 0; i < count; i += 2) {
-      const Rows r = met(i & ~(kGroup - 1));
-      for (int n = r.begin; n < r.end; n += kGroup) {
-        const Vec even = load(dband.row(i) + n), odd = load(dband.row(i + 1) + n);
-        uint32_t* row = w.band_rows + i * row_stride + (n - base) / 2;
-        store_bf16(row, even);
-        store_bf16(row + row_stride, odd);
-        store_pairs(w.band_pairs + i / 2 * column_stride + (n - base), even, odd);
-      }
-    }
-#endif
-  }
-  Rows all = met(0);
-  for (int i = 0; i < count; i += kGroup) {
-    const Rows r = met(i);
-    all = {std::min(all.begin, r.begin), std::max(all.end, r.end)};
-    gemm<T, true>(kGroup, dim, (r.end - r.begin) / T::kPerWord,
-                  rows + i * row_stride + r.begin / T::kPerWord, row_stride, 1,
-                  table_pairs + static_cast<int64_t>(r.begin) / T::kPerWord * dim, dim,
-                  dcontent + static_cast<int64_t>(i) * dim, dim);
-  }
-  for (int chunk = 0; chunk < count; chunk += kChunk) {
-    const int chunk_end = std::min(chunk + kChunk, count);
-    for (int n = all.begin; n < all.end; n += kGroup) {
-      int first = chunk_end, last = chunk;
-      for (int i = chunk; i < chunk_end; i += kGroup) {
-        const Rows r = met(i);
-        if (n < r.begin || n >= r.end) continue;
-        first = std::min(first, i), last = i + kGroup;
-      }
-      if (first >= last) continue;
-      gemm<T, true>(kGroup, dim, (last - first) / T::kPerWord,
-                    columns + first / T::kPerWord * column_stride + n, 1, column_stride,
-                    content_pairs + static_cast<int64_t>(first) / T::kPerWord * dim, dim,
-                    dtable + static_cast<int64_t>(n) * dim, dim);
-    }
-  }
-}
-
-template <class Met>
-void clear_band(const Band& band, int count, const Met& met) {
-  for (int i = 0; i < count; ++i) {
-    const Rows rows = met(i & ~(kGroup - 1));
-    // A vector's unused lanes are written too, as they were.
-    std::memset(band.row(i) + rows.begin, 0, (rows.end - rows.begin + kGroup) * sizeof(float));
-  }
-}
-
 template <class T, class S>
 class BackwardHead {
  public:
@@ -244,7 +177,7 @@ class BackwardHead {
   // What all keys of a sequence need of its queries.
   void start(const Sequence& sequence) {
     const int begin = sequence.aligned_begin();
-    const int count = static_cast<int>(round_up(sequence.end - begin, kGroup));
+    const int count = sequence.aligned_length();
     std::memset(w_.dquery, 0, sizeof(float) * count * dim_);
     for (int i = 0; i < count; ++i) {
       const int query = begin + i;
@@ -348,8 +281,7 @@ class BackwardHead {
                        w_.dscores, kBlockM);
         mask_scores(w_.scores, tile, list_.dead_from(j), p_.causal);
         if (rule_) dropout_.fill(*rule_, static_cast<uint32_t>(n * p_.heads + head_), tile);
-        score_gradients<T>(w_, tile, p_.softmax_scale,
-                           static_cast<float>(1.0 / (1.0 - p_.dropout_p)), w_.lse + offset + i,
+        score_gradients<T>(w_, tile, p_.softmax_scale, p_.keep_scale(), w_.lse + offset + i,
                            w_.delta + offset + i, rule_ ? &dropout_ : nullptr);
         content_gradients(i, j, tile.keys, tile.lanes, first);
         first = false;
@@ -377,12 +309,12 @@ class BackwardHead {
 
     float* dquery = w_.dquery + static_cast<int64_t>(offset) * dim_;
     if (dc2p.data) {
-      multiply_band<T>(w_, dc2p, super_tile.base(), queries, dim_, query_pairs_, tables_.key_rows,
-                       dquery, w_.dpos_key, met_by_query);
+      multiply_band<T>(w_.pairs, dc2p, super_tile.base(), queries, dim_, query_pairs_,
+                       tables_.key_rows, dquery, w_.dpos_key, met_by_query);
     }
     if (dp2c.data) {
-      multiply_band<T>(w_, dp2c, super_tile.base(), keys, dim_, key_pairs_, tables_.query_rows,
-                       w_.dkey, w_.dpos_query, met_by_key);
+      multiply_band<T>(w_.pairs, dp2c, super_tile.base(), keys, dim_, key_pairs_,
+                       tables_.query_rows, w_.dkey, w_.dpos_query, met_by_key);
     }
     for (int side = 0; side < 2; ++side) {
       if (!is_summed[side]) continue;
@@ -489,17 +421,12 @@ void backward_worker(Call& call) {
   static thread_local Scratch scratch;
   const AttentionParams& p = call.p;
   const int dim = padded_dim<T>(p.head_dim);
-  int64_t longest = 0;
-  for (const Sequence& s : call.sequences) {
-    longest = std::max<int64_t>(longest, round_up(s.end - s.aligned_begin(), kGroup));
-  }
   const auto carve = [&](BackwardScratch<T>& w, char* data) {
-    return w.carve(data, dim, call.band_stride, p.table_rows, longest);
+    return w.carve(data, dim, call.band_stride, p.table_rows, call.longest);
   };
   BackwardScratch<T> w;
   carve(w, scratch.reserve(carve(w, nullptr)));
-  std::optional<DropoutRule> rule;
-  if (p.rng_state) rule.emplace(p.rng_state, p.dropout_p);
+  const auto rule = dropout_rule(p);
   const int64_t parts = static_cast<int64_t>(call.parts.size());
   const int64_t table = static_cast<int64_t>(p.table_rows) * p.heads * p.head_dim;
   for (int64_t n; (n = call.next.fetch_add(1)) < parts * p.heads;) {

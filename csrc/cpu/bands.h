@@ -31,6 +31,17 @@ inline Rows rows_met(const Positions& positions, int64_t low, int64_t high) {
           static_cast<int>(round_up(positions.row(high) + 1, kGroup))};
 }
 
+// Of all groups of `count` vectors, of which met(i) gives those of the group from the i-th on.
+template <class Met>
+Rows all_met(int count, const Met& met) {
+  Rows all = met(0);
+  for (int i = kGroup; i < count; i += kGroup) {
+    const Rows rows = met(i);
+    all = {std::min(all.begin, rows.begin), std::max(all.end, rows.end)};
+  }
+  return all;
+}
+
 // How the distances of a block of kGroup x kGroup scores choose rows.
 enum class Slope { kConstant, kLinear, kBuckets, kJumps };
 
@@ -169,15 +180,11 @@ void skew(const Positions& positions, int distance, const Band& c2p, const Band&
 }
 
 // band = content · tableᵀ for `count` packed rows, whole groups. `met(i)` gives the table rows that
-// the group from row i on needs. Panel by panel, so that a panel is read from the cache.
+// the group from vector i on needs. Panel by panel, so that a panel is read from the cache.
 template <class T, class Met>
 void make_band(const typename T::Word* content, int count, int words,
                const typename T::Word* panels, const Band& band, const Met& met) {
-  Rows all = met(0);
-  for (int i = kGroup; i < count; i += kGroup) {
-    const Rows rows = met(i);
-    all = {std::min(all.begin, rows.begin), std::max(all.end, rows.end)};
-  }
+  const Rows all = all_met(count, met);
   for (int panel = all.begin / kPanel * kPanel; panel < all.end; panel += kPanel) {
     for (int i = 0; i < count; i += kGroup) {
       const Rows rows = met(i);
@@ -186,6 +193,80 @@ void make_band(const typename T::Word* content, int count, int words,
       gemm<T, false>(kGroup, end - begin, words, content + static_cast<int64_t>(i) * words, words,
                      1, panels + static_cast<int64_t>(panel) * words + (begin - panel), kPanel,
                      band.row(i) + begin, band.stride);
+    }
+  }
+}
+
+// Zeros what multiply_band reads of a band.
+template <class Met>
+void clear_band(const Band& band, int count, const Met& met) {
+  for (int i = 0; i < count; ++i) {
+    const Rows rows = met(i & ~(kGroup - 1));
+    // A vector's unused lanes are written too, as they were.
+    std::memset(band.row(i) + rows.begin, 0, (rows.end - rows.begin + kGroup) * sizeof(float));
+  }
+}
+
+// A band's gradient as words of bfloat16 pairs; unused for floats, which are read as they are.
+template <class T>
+struct BandPairs {
+  typename T::Word *by_row, *by_content;  // pairs of table rows, of contents
+};
+
+// What a band's gradient adds to its contents and to its table:
+//   dcontent += dband · table,   dtable += dbandᵀ · content
+template <class T, class Met>
+void multiply_band(const BandPairs<T>& pairs, const Band& dband, int base, int count, int dim,
+                   const typename T::Word* content_pairs, const typename T::Word* table_pairs,
+                   float* dcontent, float* dtable, const Met& met) {
+  using Word = typename T::Word;
+  // Rows of the content that a block of the second product sums over: its panel of them is read
+  // from the nearest cache.
+  constexpr int kChunk = 64;
+  const Word *rows = nullptr, *columns = nullptr;
+  int64_t row_stride = 0, column_stride = 0;
+  if constexpr (T::kPerWord == 1) {
+    rows = columns = dband.data;
+    row_stride = column_stride = dband.stride;
+  } else {
+#ifdef FD_BF16
+    // Both products sum over pairs: of table rows, and of contents.
+    row_stride = dband.stride / 2, column_stride = dband.stride;
+    rows = pairs.by_row - base / 2, columns = pairs.by_content - base;
+    for (int i = 0; i < count; i += 2) {
+      const Rows r = met(i & ~(kGroup - 1));
+      for (int n = r.begin; n < r.end; n += kGroup) {
+        const Vec even = load(dband.row(i) + n), odd = load(dband.row(i + 1) + n);
+        uint32_t* row = pairs.by_row + i * row_stride + (n - base) / 2;
+        store_bf16(row, even);
+        store_bf16(row + row_stride, odd);
+        store_pairs(pairs.by_content + i / 2 * column_stride + (n - base), even, odd);
+      }
+    }
+#endif
+  }
+  for (int i = 0; i < count; i += kGroup) {
+    const Rows r = met(i);
+    gemm<T, true>(kGroup, dim, (r.end - r.begin) / T::kPerWord,
+                  rows + i * row_stride + r.begin / T::kPerWord, row_stride, 1,
+                  table_pairs + static_cast<int64_t>(r.begin) / T::kPerWord * dim, dim,
+                  dcontent + static_cast<int64_t>(i) * dim, dim);
+  }
+  const Rows all = all_met(count, met);
+  for (int chunk = 0; chunk < count; chunk += kChunk) {
+    const int chunk_end = std::min(chunk + kChunk, count);
+    for (int n = all.begin; n < all.end; n += kGroup) {
+      int first = chunk_end, last = chunk;
+      for (int i = chunk; i < chunk_end; i += kGroup) {
+        const Rows r = met(i);
+        if (n < r.begin || n >= r.end) continue;
+        first = std::min(first, i), last = i + kGroup;
+      }
+      if (first >= last) continue;
+      gemm<T, true>(kGroup, dim, (last - first) / T::kPerWord,
+                    columns + first / T::kPerWord * column_stride + n, 1, column_stride,
+                    content_pairs + static_cast<int64_t>(first) / T::kPerWord * dim, dim,
+                    dtable + static_cast<int64_t>(n) * dim, dim);
     }
   }
 }

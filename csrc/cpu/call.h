@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "../attention.h"
@@ -35,6 +36,7 @@ struct Sequence {
   int length;      // tokens
   int begin, end;  // from the first token to attend to, to after the last
   int aligned_begin() const { return round_down_to_group(begin); }
+  int aligned_length() const { return static_cast<int>(round_up(end - aligned_begin(), kGroup)); }
 };
 
 // distance -> table row, with a margin on either side so that vectors may be read whole.
@@ -111,10 +113,16 @@ class Arena {
   int64_t used_ = 0;
 };
 
+inline std::optional<DropoutRule> dropout_rule(const AttentionParams& p) {
+  if (!p.rng_state) return std::nullopt;
+  return DropoutRule(p.rng_state, p.dropout_p);
+}
+
 struct Call {
   explicit Call(const AttentionParams& params) : p(params) {}
   const AttentionParams& p;
   std::vector<Sequence> sequences;
+  int longest = 0;  // of their aligned lengths
   Positions positions;
   int used_begin = 0, used_end = 0;  // table rows that any distance reads, in whole groups
   int band_stride = 0;               // floats from row to row of a band
@@ -134,7 +142,6 @@ struct Call {
 // What one instruction set offers. Workers take work from `call.next` until none is left.
 struct Kernels {
   const char* name;
-  bool (*supported)();
   size_t (*table_bytes)(const Call& call);  // of one packed table, all heads
   void (*pack_tables)(Call& call, bool backward, int64_t head);
   void (*forward)(Call& call);

@@ -136,7 +136,7 @@ template <class S>
 void finish_block(const Call& call, const Sequence& sequence, int head, int query, int lanes,
                   float* out, const float* row_max, const float* row_sum, int dim, float* line) {
   const AttentionParams& p = call.p;
-  const float scale = static_cast<float>(1.0 / (1.0 - p.dropout_p));
+  const float scale = p.keep_scale();
   for (int i = 0; i < lanes; i += kLanes) {
     const int count = std::min(kLanes, sequence.end - query - i);
     float factor[kLanes];
@@ -247,8 +247,7 @@ void forward_worker(Call& call) {
   const int dim = padded_dim<T>(call.p.head_dim);
   ForwardScratch<T> w;
   w.carve(scratch.reserve(w.carve(nullptr, dim, call.band_stride)), dim, call.band_stride);
-  std::optional<DropoutRule> rule;
-  if (call.p.rng_state) rule.emplace(call.p.rng_state, call.p.dropout_p);
+  const auto rule = dropout_rule(call.p);
   const int64_t blocks = static_cast<int64_t>(call.items.size());
   for (int64_t n; (n = call.next.fetch_add(1)) < blocks * call.p.heads;) {
     // Neighbours read the same keys and values.

@@ -5,15 +5,13 @@
 // no two sets can be mixed up by the linker.
 #pragma once
 
-#include <chrono>
-
 #include "backward.h"
 #include "forward.h"
 
 namespace fastdeberta::cpu {
 namespace {
 
-// Calls run.operator()<T, S>(): how to compute with elements S of the call.
+// Calls run(T(), S()): how to compute with elements S of the call.
 template <class Run>
 void with_types(Dtype dtype, const Run& run) {
   switch (dtype) {
@@ -99,6 +97,10 @@ double gemm_peak(bool bf16, int repeats) {
   if (bf16) return measure_gemm<BF16>(repeats);
 #endif
   return bf16 ? 0.0 : measure_gemm<F32>(repeats);
+}
+
+constexpr Kernels kernels(const char* name) {
+  return {name, table_bytes, pack_tables, forward, backward, gemm_peak};
 }
 
 }  // namespace

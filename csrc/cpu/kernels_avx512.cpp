@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "baseline.h"
 #include "target.h"
 
 #ifdef FD_X86
-// The standard library's own functions keep the base instructions.
 #include <immintrin.h>
 
-#include "standard.h"
 FD_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #include "vec_avx512.h"
 // After the vectors, which it builds on.
@@ -13,18 +12,7 @@ FD_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
 namespace fastdeberta::cpu {
 
-const Kernels kAvx512 = {"avx512",
-                         [] {
-                           return __builtin_cpu_supports("avx512f") &&
-                                  __builtin_cpu_supports("avx512bw") &&
-                                  __builtin_cpu_supports("avx512dq") &&
-                                  __builtin_cpu_supports("avx512vl");
-                         },
-                         table_bytes,
-                         pack_tables,
-                         forward,
-                         backward,
-                         gemm_peak};
+const Kernels kAvx512 = kernels("avx512");
 
 }  // namespace fastdeberta::cpu
 FD_TARGET_END

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "baseline.h"
 #include "target.h"
 
 #ifdef FD_X86
-// The standard library's own functions keep the base instructions.
 #include <immintrin.h>
 
-#include "standard.h"
 FD_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,avx512bf16")
 #define FD_BF16
 #include "vec_avx512.h"
@@ -14,19 +13,7 @@ FD_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,avx512bf16")
 
 namespace fastdeberta::cpu {
 
-const Kernels kAvx512Bf16 = {"avx512-bf16",
-                             [] {
-                               return __builtin_cpu_supports("avx512f") &&
-                                      __builtin_cpu_supports("avx512bw") &&
-                                      __builtin_cpu_supports("avx512dq") &&
-                                      __builtin_cpu_supports("avx512vl") &&
-                                      __builtin_cpu_supports("avx512bf16");
-                             },
-                             table_bytes,
-                             pack_tables,
-                             forward,
-                             backward,
-                             gemm_peak};
+const Kernels kAvx512Bf16 = kernels("avx512-bf16");
 
 }  // namespace fastdeberta::cpu
 FD_TARGET_END

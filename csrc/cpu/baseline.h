@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Every standard header that the kernels use, to be included before a file changes its target.
+// What kernels share with code of the build's base instructions: included before a file changes its
+// target, or the linker might keep, of a function that several files compile, one that not every
+// machine can run.
 #pragma once
 
 #include <algorithm>
@@ -13,3 +15,5 @@
 #include <optional>
 #include <type_traits>
 #include <vector>
+
+#include "call.h"
