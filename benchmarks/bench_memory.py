@@ -1,26 +1,44 @@
 """How much memory does attention take beyond its inputs?
 
-The figures are MiB, each from a process of its own; the times that pytest-benchmark shows are those
-of such a process and mean nothing.
+The figures are MiB, on a CPU each from a process of its own; the times that pytest-benchmark shows
+are those of the measurement and mean nothing.
 """
+
+from functools import partial
+from itertools import product
 
 import pytest
 
-from .cases import DTYPES, Shape
+from .cases import Shape
 from .memory import measure
-from .race import OURS, record
+from .race import OURS, Rival, gather, record
 
 RIVALS = {"torch SDPA, content only": "sdpa", "transformers eager": "eager"}
-SHAPES = [Shape(1, 1024), Shape(1, 2048), Shape(1, 4096)]
+GPU_RIVALS = {
+    **RIVALS,
+    "disentangled-flash": "disentangled_flash",
+    "flashdeberta": "flash_deberta",
+}
+
+
+def cases(device: str) -> list[tuple[Shape, str, str]]:
+    lengths, dtypes = ([1024, 2048, 4096], ["fp32", "bf16"])
+    if device == "cuda":
+        lengths, dtypes = ([2048, 8192], ["bf16"])
+    shapes = [Shape(1, length) for length in lengths]
+    return list(product(shapes, ["forward", "forward+backward"], dtypes))
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("part", ["forward", "forward+backward"])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.id)
-def test_memory(benchmark, skip_slow, shape: Shape, part: str, dtype: str) -> None:
-    skip_slow(dtype == "bf16")
+@pytest.mark.cases("shape, part, dtype", cases)
+def test_memory(benchmark, skip_slow, device, backend, shape: Shape, part: str, dtype: str) -> None:
+    skip_slow(device == "cpu" and dtype == "bf16")
     benchmark.group = f"memory of attention beyond its inputs, {part}, {dtype}"
-    found = {OURS: benchmark.pedantic(measure, args=("ours", shape, part, dtype), rounds=1)}
-    found |= {name: measure(rival, shape, part, dtype) for name, rival in RIVALS.items()}
-    record(benchmark, found, "MiB")
+    what = (shape, part, dtype, device, backend)
+    rivals = RIVALS if device == "cpu" else GPU_RIVALS
+    makers = {
+        name: partial(Rival, partial(measure, rival, *what)) for name, rival in rivals.items()
+    }
+    ours = partial(benchmark.pedantic, measure, args=("ours", *what), rounds=1)
+    _, found, left_out = gather({OURS: partial(Rival, ours), **makers}, device)
+    record(benchmark, found, "MiB", left_out=left_out)

@@ -7,6 +7,7 @@ DeBERTaV3's attention; the generator has its width and a quarter of its layers.
 """
 
 from contextlib import nullcontext
+from itertools import product
 
 import pytest
 import torch
@@ -17,8 +18,8 @@ from fastdeberta.pretraining.settings import PretrainSettings
 from fastdeberta.timing import interleaved
 from fastdeberta.training.optimizer import clip_gradients, make_optimizer, parameter_groups
 
-from .cases import DTYPES, Shape
-from .race import OURS, record
+from .cases import Shape, dtypes, pace
+from .race import OURS, record, waiting
 
 SHAPES = [Shape(16, 128, "small", 4), Shape(4, 512, "small", 4)]
 VOCABULARY, MASK, SPECIAL = 8192, 3, [0, 1, 2, 3]
@@ -27,7 +28,7 @@ VOCABULARY, MASK, SPECIAL = 8192, 3, [0, 1, 2, 3]
 class Training:
     """A pair, its optimiser and one batch of random tokens."""
 
-    def __init__(self, shape: Shape, dtype: str):
+    def __init__(self, shape: Shape, dtype: str, device: str):
         hidden = shape.heads * shape.head_dim
         self.settings = PretrainSettings(
             discriminator={
@@ -39,15 +40,17 @@ class Training:
             generator={"num_hidden_layers": 3},
         )
         configs = self.settings.configs(VOCABULARY, pad_token_id=0)
-        self.pair = Pair(*configs, self.settings.tie, mask_id=MASK, special_ids=SPECIAL).train()
+        pair = Pair(*configs, self.settings.tie, mask_id=MASK, special_ids=SPECIAL)
+        self.pair = pair.to(device).train()
         groups = parameter_groups(self.pair.parameters(), 1e-4, self.settings.weight_decay)
         self.optimizer = make_optimizer(groups, self.settings)
-        self.ids = torch.randint(len(SPECIAL), VOCABULARY, (shape.batch, shape.length))
-        self.bf16 = dtype == "bf16"
+        size = (shape.batch, shape.length)
+        self.ids = torch.randint(len(SPECIAL), VOCABULARY, size, device=device)
+        self.bf16, self.device = dtype == "bf16", device
 
     def step(self, backend: str) -> None:
         set_backend(self.pair, backend)
-        autocast = torch.autocast("cpu", torch.bfloat16) if self.bf16 else nullcontext()
+        autocast = torch.autocast(self.device, torch.bfloat16) if self.bf16 else nullcontext()
         with autocast:
             loss = self.pair.losses(self.pair(self.ids)).total(self.settings.rtd_weight)
         loss.backward()
@@ -56,18 +59,21 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
 
 
+def cases(device: str) -> list[tuple[Shape, str]]:
+    return list(product(SHAPES, dtypes(device)))
+
+
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.id)
-def test_training(benchmark, shape: Shape, dtype: str) -> None:
+@pytest.mark.cases("shape, dtype", cases)
+def test_training(benchmark, device, backend, shape: Shape, dtype: str) -> None:
     benchmark.group = f"RTD training step, {dtype}"
-    training = Training(shape, dtype)
+    training = Training(shape, dtype, device)
     steps = {
-        OURS: lambda: training.step("auto"),
+        OURS: lambda: training.step(backend),
         "our reference": lambda: training.step("reference"),
     }
-    medians = interleaved(steps, seconds=4.0, least=3)
+    medians = interleaved(steps, device=device, **pace(device, seconds=4.0, least=3))
     record(benchmark, medians)
     tokens = shape.batch * shape.length
     benchmark.extra_info["tokens_per_second"] = round(1e3 * tokens / medians[OURS])
-    benchmark.pedantic(steps[OURS], rounds=3)
+    benchmark.pedantic(waiting(steps[OURS], device), rounds=3)

@@ -1,4 +1,4 @@
-"""Shapes of the benchmarks, named after the models they come from."""
+"""Shapes of the benchmarks, named after the models they come from, and dtypes of each device."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from fastdeberta import RelativePosition
 # DeBERTaV3's positions.
 RULE = RelativePosition()
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -36,3 +36,22 @@ SHAPES = [
     Shape(1, 1024),
 ]
 LONG_SHAPES = [Shape(1, 2048), Shape(1, 4096)]
+
+GPU_SHAPES = [
+    Shape(4, 512),
+    Shape(8, 128),
+    Shape(1, 128),
+    Shape(16, 256),
+    Shape(2, 2048),
+    Shape(1, 8192),
+]
+
+
+def dtypes(device: str) -> list[str]:
+    """What every benchmark runs in: on a GPU what models run in there."""
+    return ["fp32", "bf16"] if device == "cpu" else ["bf16"]
+
+
+def pace(device: str, **cpu: float) -> dict[str, float]:
+    """How long `interleaved` takes for a case: as given on a CPU; on a GPU always the same."""
+    return cpu if device == "cpu" else {"seconds": 0.3, "least": 3, "turn": 0.01}

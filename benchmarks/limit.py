@@ -1,10 +1,12 @@
 """The time below which a machine cannot do attention's arithmetic: needed work over peak."""
 
 import time
+from functools import cache, partial
 
 import torch
 
 from fastdeberta import libraries
+from fastdeberta.timing import interleaved
 
 from .cases import RULE, Shape
 
@@ -31,8 +33,16 @@ def _rows_met(length: int) -> int:
     return int((1 + steps[length - 1 :] - steps[:length]).sum())
 
 
-def gemm_peak(dtype: torch.dtype, seconds: float = 0.1) -> tuple[float | None, str]:
-    """FLOP/s of all threads in our matrix product, operands in the nearest cache, and how known."""
+def gemm_peak(
+    dtype: torch.dtype, device: str = "cpu", seconds: float = 0.1
+) -> tuple[float | None, str]:
+    """FLOP/s that a matrix product reaches, and how that is known.
+
+    On a CPU it is ours on all threads, operands in the nearest cache; on a GPU torch's of two
+    large matrices.
+    """
+    if device != "cpu":
+        return _torch_peak(dtype, seconds)
     if reason := libraries.load("_C"):
         return None, reason
     measure = getattr(torch.ops.fastdeberta_C, "gemm_peak", None)
@@ -44,3 +54,13 @@ def gemm_peak(dtype: torch.dtype, seconds: float = 0.1) -> tuple[float | None, s
     if not best:
         return None, f"this machine has no instruction for products in {dtype}"
     return best * torch.get_num_threads(), "one thread's best, times the threads"
+
+
+@cache
+def _torch_peak(dtype: torch.dtype, seconds: float, size: int = 4096) -> tuple[float, str]:
+    a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
+    product = {"product": partial(torch.matmul, a, b)}
+    taken = interleaved(product, seconds, device="cuda", turn=seconds / 5)["product"]
+    precision = torch.get_float32_matmul_precision() if dtype == torch.float32 else ""
+    how = f"torch.matmul of two {size}x{size} matrices of {dtype}"
+    return 2e3 * size**3 / taken, f"{how}, precision {precision}" if precision else how

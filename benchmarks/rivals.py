@@ -1,14 +1,10 @@
-"""The rivals, one function each. Each prepares what may be prepared and returns a call.
+"""The rivals in attention, one function each. Each takes Inputs, on any device, prepares what may
+be prepared and returns a call, which gives [B, L, H * D].
 
-Attention: takes Inputs, calls give [B, L, H * D]. Encoders: take a Batch, calls give the last
-hidden state [B, L, hidden]. Optional packages are imported where they are needed.
+Optional packages are imported where they are needed.
 """
 
-import copy
-import warnings
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,7 +13,6 @@ from torch import Tensor, nn
 import fastdeberta
 
 from .cases import RULE, Shape
-from .race import Out
 
 
 class Inputs(NamedTuple):
@@ -30,11 +25,14 @@ class Inputs(NamedTuple):
     table: Tensor
 
     @classmethod
-    def random(cls, shape: Shape, dtype: torch.dtype, training: bool = False) -> "Inputs":
+    def random(
+        cls, shape: Shape, dtype: torch.dtype, training: bool = False, device: str = "cpu"
+    ) -> "Inputs":
         size = (shape.heads, shape.head_dim)
 
         def tensor(*leading: int) -> Tensor:
-            return torch.randn(*leading, *size).to(dtype).requires_grad_(training)
+            values = torch.randn(*leading, *size, device=device)
+            return values.to(dtype).requires_grad_(training)
 
         content = [tensor(shape.batch, shape.length) for _ in range(3)]
         return cls(*content, tensor(2 * RULE.span))
@@ -51,7 +49,7 @@ def step(
     of all inputs, None for those that the rival does not use."""
     attention = make(x)
     same = torch.Generator().manual_seed(1)  # For every rival.
-    dout = torch.randn(x.query.flatten(2).shape, generator=same).to(x.query.dtype)
+    dout = torch.randn(x.query.flatten(2).shape, generator=same).to(x.query)
 
     def forward() -> object:
         with torch.no_grad():
@@ -93,23 +91,34 @@ def eager(x: Inputs) -> Callable[[], Tensor]:
     """transformers' own attention; projections pass through, positions and mask are ready."""
     from transformers.models.deberta_v2 import modeling_deberta_v2 as module
 
-    attention = module.DisentangledSelfAttention(_attention_config(x)).eval()
+    batch, length = x.query.shape[:2]
+    # Found on the CPU: another device may round a logarithm to the next bucket.
+    tokens = torch.empty(length, 1)
+    distances = module.build_relative_position(
+        tokens, tokens, bucket_size=RULE.buckets, max_position=RULE.max_distance
+    ).to(x.query.device)
+    mask = torch.ones(batch, 1, length, length, dtype=torch.bool, device=x.query.device)
+    return _module(module.DisentangledSelfAttention, x, mask, relative_pos=distances)
+
+
+def flash_deberta(x: Inputs) -> Callable[[], Tensor]:
+    """FlashDeBERTa's attention, whose kernels need CUDA. It is given no mask, which it would sum
+    up to see whether there is padding, waiting for the device."""
+    from flashdeberta import FlashDisentangledSelfAttention
+
+    return _module(FlashDisentangledSelfAttention, x, None)
+
+
+def _module(
+    kind: type[nn.Module], x: Inputs, mask: Tensor | None, **options: Tensor
+) -> Callable[[], Tensor]:
+    """An attention module with transformers' names; projections pass through."""
+    attention = kind(_attention_config(x)).eval()
     attention.query_proj = attention.key_proj = nn.Identity()
     attention.pos_key_proj = attention.pos_query_proj = nn.Identity()
     query, key, value, table = (tensor.flatten(-2) for tensor in x)
-    distances = module.build_relative_position(
-        query, key, bucket_size=RULE.buckets, max_position=RULE.max_distance
-    )
     attention.value_proj = Given(value)
-    batch, length, _ = query.shape
-    mask = torch.ones(batch, 1, length, length, dtype=torch.bool)
-
-    def call() -> Tensor:
-        return attention(
-            key, mask, query_states=query, relative_pos=distances, rel_embeddings=table
-        )[0]
-
-    return call
+    return lambda: attention(key, mask, query_states=query, rel_embeddings=table, **options)[0]
 
 
 def sdpa(x: Inputs) -> Callable[[], Tensor]:
@@ -125,12 +134,14 @@ def sdpa(x: Inputs) -> Callable[[], Tensor]:
 
 def flex(x: Inputs) -> Callable[[], Tensor]:
     """torch's FlexAttention, compiled: positions are gathered from two ordinary products."""
+    from torch._functorch import config
     from torch.nn.attention.flex_attention import flex_attention
 
     torch._dynamo.reset()  # Each shape compiles anew, and there is a limit to that.
+    config.donated_buffer = False  # Otherwise there is one backward pass for each forward pass.
     query, key, value = (tensor.transpose(1, 2) for tensor in x[:3])
     table, length = x.table.permute(1, 2, 0), x.query.size(1)
-    rows = RULE.row(torch.arange(1 - length, length))
+    rows = RULE.row(torch.arange(1 - length, length)).to(x.query.device)
 
     # Products inside would be left unmade where score_mod reads them, which does not compile.
     @torch.compile(dynamic=False)
@@ -149,18 +160,24 @@ def flex(x: Inputs) -> Callable[[], Tensor]:
 
 
 def disentangled_flash(x: Inputs) -> Callable[[], Tensor]:
-    """disentangled-flash's composed PyTorch; its kernels need CUDA."""
-    from disentangled_flash import DisentangledFlashAttention
+    """disentangled-flash's attention: its kernels on a GPU, its composed PyTorch on a CPU."""
+    import disentangled_flash as package
     from disentangled_flash._torch import TorchTrainingDisentangledSelfAttention
 
-    training = x.query.requires_grad
-    kind = TorchTrainingDisentangledSelfAttention if training else DisentangledFlashAttention
-    options = {} if training else {"backend": "torch"}
-    attention = kind(_attention_config(x), assume_unpadded=True, **options).to(x.query.dtype).eval()
+    training, on_gpu, options = x.query.requires_grad, x.query.is_cuda, {}
+    if not training:
+        kind = package.DisentangledFlashAttention
+        options["backend"] = "triton" if on_gpu else "torch"
+    elif on_gpu:
+        kind = package.TritonTrainingDisentangledSelfAttention
+    else:
+        kind = TorchTrainingDisentangledSelfAttention
+    attention = kind(_attention_config(x), assume_unpadded=True, **options)
+    attention = attention.to(x.query.device, x.query.dtype).eval()
     attention.pos_key_proj = attention.pos_query_proj = nn.Identity()
     query, key, value, table = (tensor.flatten(-2) for tensor in x)
     attention._project_qkv = lambda hidden: (query, key, value)
-    mask = torch.ones(query.shape[:2], dtype=torch.bool)
+    mask = torch.ones(query.shape[:2], dtype=torch.bool, device=query.device)
     if training:
         return lambda: attention(query, mask, rel_embeddings=table)[0]
     with torch.no_grad():
@@ -185,178 +202,3 @@ def _attention_config(x: Inputs):
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-
-
-class Batch(NamedTuple):
-    """A batch without padding, and the folder where models are kept. mask: ones, as a
-    tokenizer returns it. dtype: of the model."""
-
-    input_ids: Tensor
-    mask: Tensor
-    dtype: torch.dtype
-    directory: Path
-
-    @classmethod
-    def random(cls, shape: Shape, dtype: torch.dtype, directory: Path) -> "Batch":
-        input_ids = torch.randint(1, VOCABULARY, (shape.batch, shape.length))
-        return cls(input_ids, torch.ones_like(input_ids), dtype, directory)
-
-    @property
-    def feed(self) -> dict:
-        return {"input_ids": self.input_ids.numpy(), "attention_mask": self.mask.numpy()}
-
-
-VOCABULARY = 1000
-LONGEST = 4096
-
-
-@cache
-def deberta():
-    """transformers' model in v3-base's shape, random weights."""
-    from transformers import DebertaV2Config, DebertaV2Model
-
-    torch.manual_seed(0)
-    config = DebertaV2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        intermediate_size=3072,
-        relative_attention=True,
-        position_biased_input=False,
-        pos_att_type=["p2c", "c2p"],
-        position_buckets=RULE.buckets,
-        max_position_embeddings=RULE.max_distance,
-        share_att_key=True,
-        norm_rel_ebd="layer_norm",
-        type_vocab_size=0,
-    )
-    model = DebertaV2Model(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "query_proj" in name or "key_proj" in name:
-                parameter.mul_(2)  # At initialisation scores are too small to matter.
-    return model
-
-
-@cache
-def bert():
-    """transformers' BERT in the same shape, with torch's SDPA."""
-    from transformers import BertConfig, BertModel
-
-    config = BertConfig(vocab_size=VOCABULARY, max_position_embeddings=LONGEST)
-    config._attn_implementation = "sdpa"
-    return BertModel(config, add_pooling_layer=False).eval()
-
-
-def our_encoder(batch: Batch) -> Callable[[], Tensor]:
-    directory = batch.directory / "deberta"
-    if not directory.exists():
-        deberta().save_pretrained(directory)
-    model = fastdeberta.models.from_pretrained(directory).to(batch.dtype).eval()
-    return _torch_encoder(model, batch)
-
-
-def accelerated_encoder(batch: Batch) -> Callable[[], Tensor]:
-    model = fastdeberta.accelerate(copy.deepcopy(deberta()).to(batch.dtype))
-    return _torch_encoder(model, batch)
-
-
-def eager_encoder(batch: Batch) -> Callable[[], Tensor]:
-    return _torch_encoder(copy.deepcopy(deberta()).to(batch.dtype), batch)
-
-
-def bert_encoder(batch: Batch) -> Callable[[], Tensor]:
-    return _torch_encoder(copy.deepcopy(bert()).to(batch.dtype), batch)
-
-
-def disentangled_flash_encoder(batch: Batch) -> Callable[[], Tensor]:
-    from disentangled_flash import optimize_deberta
-
-    model = copy.deepcopy(deberta()).to(batch.dtype)
-    length = batch.input_ids.size(1)
-    optimize_deberta(model, backend="torch", sequence_lengths=length, assume_unpadded=True)
-    return _torch_encoder(model, batch)
-
-
-def onnxruntime_encoder(batch: Batch, model: Callable = deberta) -> Callable[[], Tensor]:
-    """onnxruntime with all graph optimisations; its threads spin or sleep, whichever is faster."""
-    import onnxruntime
-
-    from fastdeberta.timing import interleaved
-
-    if batch.dtype != torch.float32:
-        raise Out("onnxruntime's CPU provider has no bfloat16")
-    file = exported(model, batch.directory)
-
-    def session(spinning: bool) -> Callable[[], Tensor]:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
-        entry = "session.intra_op.allow_spinning"
-        options.add_session_config_entry(entry, str(int(spinning)))
-        made = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        return lambda: torch.from_numpy(made.run(None, batch.feed)[0])
-
-    sessions = {spinning: session(spinning) for spinning in (True, False)}
-    times = interleaved(sessions, seconds=0.5, least=2, turn=0.1, rest=0.05)
-    return sessions[min(times, key=times.__getitem__)]
-
-
-def openvino_encoder(batch: Batch, model: Callable = deberta) -> Callable[[], Tensor]:
-    """OpenVINO, compiled for the one shape, in float32 or bfloat16."""
-    import openvino
-
-    core = openvino.Core()
-    graph = core.read_model(exported(model, batch.directory))
-    graph.reshape({name: list(value.shape) for name, value in batch.feed.items()})
-    options = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": "f32" if batch.dtype == torch.float32 else "bf16",
-    }
-    request = core.compile_model(graph, "CPU", options).create_infer_request()
-
-    def call() -> Tensor:
-        outputs = request.infer(batch.feed, share_inputs=True, share_outputs=True)
-        return torch.from_numpy(next(iter(outputs.values())))
-
-    return call
-
-
-@cache
-def exported(model: Callable, directory: Path) -> Path:
-    """An ONNX file of a model, any batch and length."""
-    import onnxscript  # noqa: F401  Named here, lest the exporter say something less plain.
-
-    class LastHiddenState(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model()
-
-        def forward(self, input_ids, attention_mask):
-            return self.model(input_ids, attention_mask=attention_mask).last_hidden_state
-
-    file = directory / f"{model.__name__}.onnx"
-    ids = torch.ones(2, 40, dtype=torch.long)
-    sizes = {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("length", max=LONGEST)}
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Of the exporter about itself.
-        torch.onnx.export(
-            LastHiddenState().eval(),
-            (ids, torch.ones_like(ids)),
-            file,
-            input_names=["input_ids", "attention_mask"],
-            dynamo=True,
-            dynamic_shapes=(sizes, sizes),
-            verbose=False,
-        )
-    return file
-
-
-def _torch_encoder(model: nn.Module, batch: Batch) -> Callable[[], Tensor]:
-    def call() -> Tensor:
-        with torch.no_grad():
-            return model(batch.input_ids, attention_mask=batch.mask).last_hidden_state
-
-    return call

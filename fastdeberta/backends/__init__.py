@@ -26,11 +26,12 @@ from ..relative_position import RowTable
 # Each module is imported when its backend is first asked for, so that optional dependencies are.
 MODULES = {
     "cpu": "fastdeberta.backends.cpu",
+    "triton": "fastdeberta.backends.triton",
     "reference": "fastdeberta.backends.reference",
 }
 
 # "auto" takes the first of these that can do the call.
-PREFERENCE = ("cpu", "reference")
+PREFERENCE = ("cpu", "triton", "reference")
 
 
 class AttentionParams(NamedTuple):
@@ -86,6 +87,8 @@ def choose(backend: str, query: Tensor, params: AttentionParams) -> tuple[str, d
     passed_over: dict[str, str] = {}
     for name in PREFERENCE:
         reason = _refusal(name, query, params)
+        if reason is None and name == "triton" and query.device.type == "cpu":
+            reason = "Triton's interpreter is for tests, slow, and taken only by name"
         if reason is None:
             return name, passed_over
         passed_over[name] = reason
