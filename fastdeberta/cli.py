@@ -87,6 +87,57 @@ def finetune(
     _summary(result, settings.output)
 
 
+@app.command()
+def bench(
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda (default: cuda where there is one)")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="of timing for each case")] = 1.0,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(metavar="BxL", help="batch and length, as 4x512; repeatable"),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="bf16|fp16|fp32",
+            help="repeatable (default: bf16 and fp32; with --tune bf16 and fp16)",
+        ),
+    ] = None,
+    file: Annotated[Path | None, typer.Option("--json", help="write the results there")] = None,
+    tune: Annotated[
+        bool,
+        typer.Option("--tune", help="search the Triton kernels' configurations for this GPU"),
+    ] = False,
+    head_dim: Annotated[
+        list[int] | None, typer.Option(help="with --tune; repeatable (default: 64)")
+    ] = None,
+    candidates: Annotated[
+        int | None,
+        typer.Option(min=1, help="with --tune: configurations of a pass, at most (default: 30)"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="with --tune: the profile, which FASTDEBERTA_TRITON_PROFILE may then name"
+            " (default: runs/triton-profile.json)"
+        ),
+    ] = None,
+) -> None:
+    """Times attention on this machine: every backend, and torch's without positions."""
+    from . import bench as benchmark
+
+    of_report: dict[str, Any] = {"--shape": shape, "--json": file}
+    of_tuning: dict[str, Any] = {"--head-dim": head_dim, "--candidates": candidates, "--out": out}
+    for name, value in (of_report if tune else of_tuning).items():
+        if value:
+            raise ValueError(f"{name} has no meaning {'with' if tune else 'without'} --tune")
+    if tune:
+        benchmark.tune(device, seconds, head_dim, dtype, candidates, out)
+    else:
+        benchmark.run(device, seconds, shape, dtype, file)
+
+
 def _split_file(directory: Path, name: str) -> Path:
     candidates = [directory / f"{name}{ending}" for ending in (".jsonl", ".tsv", ".csv")]
     for path in candidates:

@@ -29,7 +29,10 @@ MAY_IMPORT = dict.fromkeys(LEAVES, set[str]()) | {
     "finetuning": {"files", "models", "tokenizer", "training"},
 }
 # What a command does on its own may use every part above; the command line calls them all.
-MAY_IMPORT |= {"info": {"backends", "libraries", "op", "relative_position"}}
+MAY_IMPORT |= {
+    "bench": {"backends", "files", "op", "relative_position", "timing"},
+    "info": {"backends", "libraries", "op", "relative_position"},
+}
 MAY_IMPORT |= {"demo": set(MAY_IMPORT)}
 MAY_IMPORT |= {"cli": set(MAY_IMPORT), "__main__": {"cli"}}
 

@@ -14,11 +14,11 @@ Backends never import one another.
 """
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..relative_position import RowTable
@@ -100,6 +100,16 @@ def _refusal(name: str, query: Tensor, params: AttentionParams) -> str | None:
     return _unavailable(name) or sys.modules[MODULES[name]].unsupported(query, params)
 
 
-@torch.compiler.assume_constant_result
+def constant(function: Callable) -> Callable:
+    """A function whose result torch.compile takes instead of tracing it.
+
+    What torch.compiler.assume_constant_result does, which imports the compiler first: more than a
+    second at every start, and triton with it.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant
 def _unavailable(name: str) -> str | None:
     return load(name).unavailable()

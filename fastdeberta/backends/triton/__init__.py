@@ -13,7 +13,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from .. import AttentionParams
+from .. import AttentionParams, constant
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LONGEST = 2**24  # Positions and distances are 32-bit.
@@ -28,7 +28,7 @@ def unavailable() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant
 @cache
 def _interpreted() -> bool:
     """As triton sees it, which reads TRITON_INTERPRET when it is imported."""
@@ -37,7 +37,7 @@ def _interpreted() -> bool:
     return not isinstance(triton.language.zeros, triton.runtime.JITFunction)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _multiplies_bfloat16() -> bool:
     """Triton's interpreter multiplies the bits of bfloat16 as if they were integers."""
     if not _interpreted():

@@ -17,7 +17,7 @@ from .tiles import (
     far_shift,
     keep_tile,
     load_rows,
-    low_query,
+    low_key,
     near_keys,
     near_queries,
     sequence,
@@ -296,7 +296,7 @@ def near_dkv_kernel(
     """
     pid = tl.program_id(0)
     g = pid // key_tiles
-    tile_j = pid % key_tiles + tl.maximum(tile0 * BLOCK - last + 1, 0) // BLOCK
+    tile_j = pid % key_tiles + low_key(tile0, last, BLOCK)
     head, b = (group + g) // batch, (group + g) % batch
     start, length, padded, _ = sequence(b, cu_seqlens, spans, max_seqlen)
     j0 = tile_j * BLOCK
@@ -312,8 +312,6 @@ def near_dkv_kernel(
     query += start * stride_qt + head.to(tl.int64) * stride_qh
     dout += start * stride_dt + head.to(tl.int64) * stride_dh
     workspace = (bands, g, stride_side, tile0, tiles, slots, key_tiles, first, last)
-    if j0 >= length:
-        high = low
 
     dk = tl.zeros([BLOCK, D], tl.float32)
     dv = tl.zeros([BLOCK, D], tl.float32)
@@ -491,13 +489,9 @@ def dkv_kernel(
             real &= tl.load(key_mask + start + j, mask=real, other=0).to(tl.int1)
         low, high, end = near_queries(tile_j, length, first, last, BLOCK, CAUSAL)
         if not HAS_NEAR:
-            high = low_query(tile_j, first, BLOCK, CAUSAL) if CAUSAL else 0
-            low = 0
-        if CAUSAL:
-            low = 0
-        if j0 >= length:
-            low = 0
-            high = end
+            high = tl.minimum(tile_j, end) if CAUSAL else 0
+        if CAUSAL or not HAS_NEAR:
+            low = 0  # No query sees a key to the right of its near tiles.
         for side in range(2 if HAS_NEAR else 1):
             # Keys left of a query's near tiles have their queries below, and the reverse.
             tile_low = tl.where(side == 0, high, 0)

@@ -1,4 +1,4 @@
-"""Bands: position scores of near tiles, shifted along their diagonals so that tiles are plain reads.
+"""Bands: position scores of near tiles, shifted along diagonals so that a tile is a plain read.
 
 c2p of query i against key j is q_i . table[j - i], so a matrix product over distances gives rows
 that must each be shifted by one column more than the row above. A shift by whole octets (8 columns)

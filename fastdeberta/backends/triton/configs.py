@@ -44,7 +44,7 @@ class Config:
     table: Launch = Launch(4, 2)
 
     def smaller(self) -> "Config | None":
-        """The same with less shared memory: fewer stages, then smaller tiles; None: there is none."""
+        """With less shared memory: one stage, then smaller tiles; None: there is none."""
         launches = {k: v for k, v in asdict(self).items() if isinstance(v, tuple)}
         if any(stages > 1 for _, stages in launches.values()):
             return replace(self, **{k: Launch(w, 1) for k, (w, _) in launches.items()})
@@ -92,13 +92,20 @@ def _default(family: str, backward: bool, size: int, float32: bool, far: bool) -
         return Config(32, 16, 16, 128, Launch(4, 1))
     if float32:
         # IEEE products run on the ordinary cores, with operands in registers.
-        block = 32 if size <= 64 else 16
-        return Config(block, 16, 16, 32, *(Launch(4, 1),) * 7)
+        narrow, wide = Launch(4, 1), Launch(8, 1)
+        if size <= 64:
+            return Config(32, 16, 16, 32, *(narrow,) * 7)
+        return Config(16, 16, 16, 32, narrow, wide, wide, wide, wide, narrow, narrow)
+    # Half of the columns, where twice as many do not fit registers or shared memory.
+    columns = 64 if family in ("sm_86", "sm_89", "sm_120", "amd") else 128
     if size <= 64:
-        return Config(64, 32, 64, 128, Launch(4, 2))
+        return Config(64, 32, 64, columns, Launch(4, 2))
+    if size <= 128 and not backward:
+        return Config(64, 32, 64, 64, Launch(4, 2), forward=Launch(8, 2))
     if size <= 128:
-        return Config(64, 32, 64, 64, Launch(4, 2), *(Launch(8, 2),) * 6)
-    return Config(32, 32, 32, 64, Launch(4, 1), *(Launch(8, 1),) * 6)
+        wide = {"near_dkv": Launch(8, 2), "dkv": Launch(8, 2), "table": Launch(8, 2)}
+        return Config(32, 16, 64, 64, Launch(4, 2), **wide)
+    return Config(32, 16, 32, 64, Launch(4, 1), *(Launch(8, 1),) * 6)
 
 
 @cache

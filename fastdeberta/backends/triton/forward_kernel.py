@@ -82,7 +82,7 @@ def _average(
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """float32 [BLOCK, D]: the average of all of a sequence's values, of those that dropout keeps."""
+    """float32 [BLOCK, D]: the sum of a sequence's values that dropout keeps, over its length."""
     rng_state, stream, threshold = dropout
     acc = tl.zeros([BLOCK, D], tl.float32)
     for j0 in range(0, padded, BLOCK):

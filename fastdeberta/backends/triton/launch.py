@@ -24,7 +24,7 @@ from .tiles import spans_kernel
 Result = TypeVar("Result")
 
 _LOG2_E = 1.4426950408889634
-_FOLD_BLOCK = 32
+_FOLD = 2048  # Numbers of a block of fold_kernel.
 _TABLE_BLOCK = 64
 _SPANS_BLOCK = 1024
 
@@ -148,15 +148,16 @@ def _fitting(
     device: torch.device, backward: bool, config: Config, run: Callable[[Config], Result]
 ) -> Result:
     """run(config), or with a smaller one where the device has too little shared memory."""
+    chosen = config
+    config = _SHRUNK.get((device, backward, chosen), chosen)
     while True:
-        config = _SHRUNK.get((device, backward, config), config)
         try:
             return run(config)
         except OutOfResources:
             smaller = config.smaller()
             if smaller is None:
                 raise
-            _SHRUNK[device, backward, config] = smaller
+            _SHRUNK[device, backward, chosen] = config = smaller
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -438,6 +439,7 @@ def _backward(call: dict[str, Any], grads: list[Tensor], config: Config) -> None
         launch(dkv_kernel, (made.tiles * call["batch"] * heads,), config.dkv, call)
     if near:
         table = call["dpos_key"]
-        fold = {"margin": config.columns, "table_rows": table.size(0), "BLOCK": _FOLD_BLOCK}
-        grid = (-(-table.size(0) // _FOLD_BLOCK), heads, _sides(call))
+        block = min(32, max(16, _FOLD // call["D"]))
+        fold = {"margin": config.columns, "table_rows": table.size(0), "BLOCK": block}
+        grid = (-(-table.size(0) // block), heads, _sides(call))
         launch(fold_kernel, grid, Launch(4, 1), call | fold)

@@ -71,8 +71,8 @@ def fold_kernel(
     their parts of `partial`.
 
     partial: float32 [2 sides, 8, heads, 2 * reach, D], of which `margin` rows at either end mean
-    nothing. query_ends, key_ends: float32 [2, heads, ends, D], what far tiles left (0) and right (1)
-    of the near ones give.
+    nothing. query_ends, key_ends: float32 [2, heads, ends, D], what far tiles left (0) and right
+    (1) of the near ones give.
     """
     side = tl.program_id(2) + FIRST_SIDE
     head = tl.program_id(1)

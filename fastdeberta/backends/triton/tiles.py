@@ -9,9 +9,10 @@ import triton.language as tl
 
 # Integers that change from call to call, or within one: no kernel is compiled anew for them.
 SIZES = (
-    "tokens batch heads max_seqlen first last reach group group_size tile0 tiles slots key_tiles "
-    "row_blocks ends margin table_rows threshold"
-).split()
+    *("tokens", "batch", "heads", "max_seqlen", "first", "last", "reach", "threshold"),
+    *("group", "group_size", "tile0", "tiles", "slots", "key_tiles", "row_blocks"),
+    *("ends", "margin", "table_rows"),
+)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -62,8 +63,9 @@ def low_key(tile, last, BLOCK: tl.constexpr):
 
 @triton.jit
 def near_keys(tile, length, first, last, BLOCK: tl.constexpr, CAUSAL: tl.constexpr):
-    """Key tiles [low, high) that are near a tile of queries, and the end of those it attends to."""
-    end = tl.cdiv(length, BLOCK)
+    """Key tiles [low, high) that are near a tile of queries, and the end of those it attends to;
+    none for a tile of padding."""
+    end = tl.where(tile * BLOCK < length, tl.cdiv(length, BLOCK), 0)
     if CAUSAL:
         end = tl.minimum(end, tile + 1)
     low = tl.minimum(low_key(tile, last, BLOCK), end)
@@ -82,8 +84,9 @@ def low_query(tile, first, BLOCK: tl.constexpr, CAUSAL: tl.constexpr):
 
 @triton.jit
 def near_queries(tile, length, first, last, BLOCK: tl.constexpr, CAUSAL: tl.constexpr):
-    """Query tiles [low, high) that are near a tile of keys, and the end of all query tiles."""
-    end = tl.cdiv(length, BLOCK)
+    """Query tiles [low, high) that are near a tile of keys, and the end of all query tiles; none
+    for a tile of padding."""
+    end = tl.where(tile * BLOCK < length, tl.cdiv(length, BLOCK), 0)
     low = tl.minimum(low_query(tile, first, BLOCK, CAUSAL), end)
     high = (tile * BLOCK + BLOCK - 2 + last) // BLOCK + 1
     return low, tl.maximum(tl.minimum(high, end), low), end
@@ -123,7 +126,7 @@ def store_rows(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Writes the first `count` of rows [BLOCK, D] to a contiguous [T, H, HEAD_DIM] from a token on."""
+    """Writes the first `count` of rows [BLOCK, D] from a token on. x: [T, H, HEAD_DIM], dense."""
     n = tl.arange(0, BLOCK)[:, None]
     d = tl.arange(0, D)[None, :]
     x += token * heads * HEAD_DIM + head * HEAD_DIM
