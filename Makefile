@@ -13,7 +13,7 @@ ARGS ?=
 export FASTDEBERTA_FORCE_EXT_BUILD ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow test-sanitized bench lint format clean
+.PHONY: help env demo test test-slow test-triton test-sanitized resources bench lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -25,17 +25,24 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=..." if sys.version_info < (3, 10) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt pip setuptools wheel ninja torch
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[train,test,bench,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[train,triton,test,bench,dev]'
 	@touch $@
 
 demo: $(INSTALLED)  ## the main job on the embedded data: a few minutes on two cores
 	$(BIN)/fastdeberta demo $(ARGS)
 
-test: $(INSTALLED)  ## the tests but the slow ones
-	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+test: $(INSTALLED)  ## the tests but the slow and the interpreted ones
+	$(BIN)/python -m pytest -q -m "not slow and not interpreted" $(ARGS)
 
 test-slow: $(INSTALLED)  ## the slow tests
 	$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+# The interpreter has one thread.
+test-triton: $(INSTALLED)  ## the Triton kernels in Triton's interpreter, on every core: long
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m interpreted -n auto $(ARGS)
+
+resources: $(INSTALLED)  ## the Triton kernels compiled for every GPU family, against their limits
+	$(BIN)/python -m benchmarks.triton_resources --check $(ARGS)
 
 # A build with the compiler's sanitizers, apart from the installed one, runs the tests of the op.
 test-sanitized: $(INSTALLED)  ## the CPU kernels' tests under ASan and UBSan

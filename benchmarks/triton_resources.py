@@ -36,10 +36,15 @@ class Variant:
     head_dim: int
     length: int
     options: bool = False
+    terms: tuple[str, ...] = ("c2p", "p2c")
+    causal: bool = False
 
     def __str__(self) -> str:
         words = [str(self.dtype).removeprefix("torch."), f"d{self.head_dim}", f"L{self.length}"]
-        return " ".join(words + ["all options"] * self.options)
+        words += ["all options"] * self.options + ["causal"] * self.causal
+        if len(self.terms) < 2:
+            words.append(" ".join(self.terms) or "content only")
+        return " ".join(words)
 
 
 # Every configuration that is shipped, and what else changes the code of its kernels.
@@ -48,6 +53,9 @@ VARIANTS = [
     Variant(torch.float16, 64, SHORT),
     Variant(torch.bfloat16, 64, LONG, options=True),
     *(Variant(torch.float32, d, LONG) for d in (64, 128, 256)),
+    Variant(torch.bfloat16, 64, SHORT, terms=("c2p",)),
+    Variant(torch.bfloat16, 64, LONG, terms=("p2c",), causal=True),
+    Variant(torch.bfloat16, 64, SHORT, terms=()),
 ]
 
 
@@ -94,14 +102,15 @@ def launches(variant: Variant, target: str) -> dict[tuple, tuple[Any, Any, dict[
 
     query, key, value, dout, out = (empty(tokens, heads, variant.head_dim) for _ in range(5))
     table = empty(2 * RULE.span, heads, variant.head_dim)
+    tables = [table if term in variant.terms else None for term in ("c2p", "p2c")]
     every = variant.options
     params = AttentionParams(
         cu_seqlens=empty(batch + 1, dtype=torch.int32) if every else None,
         key_mask=empty(tokens, dtype=torch.bool) if every else None,
-        rows=RULE.table(),
+        rows=RULE.table() if variant.terms else None,
         rng_state=empty(2, dtype=torch.int64) if every else None,
         max_seqlen=variant.length,
-        causal=False,
+        causal=variant.causal,
         dropout_p=0.1 if every else 0.0,
         softmax_scale=0.1,
         uniform_padding=every,
@@ -111,9 +120,9 @@ def launches(variant: Variant, target: str) -> dict[tuple, tuple[Any, Any, dict[
         mock.patch.object(launch, "launch", record),
         mock.patch.object(configs, "family", lambda device: family),
     ):
-        launch.forward(query, key, value, table, table, params)
+        launch.forward(query, key, value, *tables, params)
         lse = empty(heads, tokens, dtype=torch.float32)
-        launch.backward(dout, query, key, value, table, table, out, lse, params)
+        launch.backward(dout, query, key, value, *tables, out, lse, params)
     return found
 
 
@@ -233,15 +242,21 @@ def memory_traffic(batch: int, heads: int, length: int, head_dim: int = 64) -> t
     return (content + tables) / 1e6, (content + tables + bands) / 1e6
 
 
+def allowed_spills(x: Resources) -> int:
+    if x.variant.options:
+        return limits.SPILLS_DROPOUT
+    if x.variant.dtype == torch.float32 and x.variant.head_dim > 128:
+        return limits.SPILLS_FLOAT32_WIDE
+    if x.kernel == "fold_kernel":
+        return limits.SPILLS_FOLD
+    return limits.SPILLS_ONE_TERM if len(x.variant.terms) == 1 else limits.SPILLS
+
+
 def past_limits(found: list[Resources]) -> Iterator[str]:
     for x in found:
         c, v = x.compiled, x.variant
         where = f"{c.target}, {v}, {x.kernel}"
-        allowed = limits.SPILLS
-        if v.options:
-            allowed = limits.SPILLS_WITH_DROPOUT
-        elif v.dtype == torch.float32 and v.head_dim > 128:
-            allowed = limits.SPILLS_FLOAT32_WIDE
+        allowed = allowed_spills(x)
         if c.spill_stores > allowed:
             yield f"{where}: {c.spill_stores} spills, allowed {allowed}"
         if c.atomics:

@@ -17,27 +17,50 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 def _mend_interpreter() -> None:
-    """Triton's interpreter multiplies the bits of bfloat16: give it the values, which float32
-    holds exactly."""
-    if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
-        return
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    """Two things that Triton's interpreter does not do well.
 
-    create_dot = InterpreterBuilder.create_dot
+    It multiplies the bits of bfloat16: it gets the values, which float32 holds exactly. And it
+    prepares triton.language anew for every call of a function, which takes a third of the time:
+    once for each launch and module is enough.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+    from triton.runtime.errors import InterpreterError
+
+    create_dot = interpreter.InterpreterBuilder.create_dot
+    launch = interpreter.GridExecutor.__call__
+    prepared = set()
 
     def widened(x):
         if x.dtype.scalar != tl.bfloat16:
             return x
-        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+        values = (x.data.astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(values, tl.float32)
 
-    def mended(self, a, b, *rest):
+    def mended_dot(self, a, b, *rest):
         return create_dot(self, widened(a), widened(b), *rest)
 
-    InterpreterBuilder.create_dot = mended
+    def mended_launch(self, *args, **kwargs):
+        prepared.clear()
+        return launch(self, *args, **kwargs)
+
+    def mended_call(self, *args, **kwargs):
+        if id(self.fn.__globals__) not in prepared:
+            interpreter._patch_lang(self.fn)
+            prepared.add(id(self.fn.__globals__))
+        try:
+            return self.rewrite()(*args, **kwargs)
+        except Exception as error:
+            raise InterpreterError(repr(error)) from error
+
+    interpreter.InterpreterBuilder.create_dot = mended_dot
+    interpreter.GridExecutor.__call__ = mended_launch
+    interpreter.InterpretedFunction.__call__ = mended_call
 
 
-_mend_interpreter()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
+if INTERPRETED:
+    _mend_interpreter()
 
 
 def pytest_collection_modifyitems(items):
@@ -56,16 +79,17 @@ def _seed():
 
 
 def _device(backend: str) -> str:
-    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    interpreted = backend == "triton" and INTERPRETED
     return "cuda" if backend in ("triton", "cuda") and not interpreted else "cpu"
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(name, marks=pytest.mark.gpu if _device(name) == "cuda" else ())
-        for name in available_backends()
-    ]
-)
+def _marks(backend: str):
+    if _device(backend) == "cuda":
+        return pytest.mark.gpu
+    return pytest.mark.interpreted if backend == "triton" else ()
+
+
+@pytest.fixture(params=[pytest.param(name, marks=_marks(name)) for name in available_backends()])
 def backend(request) -> str:
     """Each backend by name; one that cannot be used here skips with its reason."""
     if reason := available_backends()[request.param]:

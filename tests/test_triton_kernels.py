@@ -2,7 +2,6 @@
 heads and of query tiles, what the launcher promises. Interpreted where there is no GPU."""
 
 import json
-import os
 from dataclasses import asdict, replace
 
 import cases
@@ -20,11 +19,13 @@ if available_backends()["triton"] is not None:
 
 import triton
 import triton.language as tl
+from conftest import INTERPRETED
 
 from fastdeberta.backends.triton import configs, launch, tiles
 from fastdeberta.backends.triton.configs import Config, Launch
 
-DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = pytest.mark.interpreted if INTERPRETED else pytest.mark.gpu
 # float32 against float64, on normal inputs.
 ERROR = 2e-6
 

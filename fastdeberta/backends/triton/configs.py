@@ -6,7 +6,7 @@ FASTDEBERTA_TRITON_PROFILE names a JSON file that takes the place of the table f
 
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ class Config:
     """One pass.
 
     block: side of the tiles that scores are cut into, a power of two of at least 16.
-    step: keys or queries that the backward pass takes at a time, half a tile or a whole one.
+    step: keys or queries that the backward pass takes at a time, a tile or a part of one.
     rows, columns: tile of the products that make bands; rows are a residue's, of 8 * rows tokens.
     The launches are of the kernels of these names.
     """
@@ -43,11 +43,15 @@ class Config:
     content: Launch = Launch(4, 2)
     table: Launch = Launch(4, 2)
 
+    @property
+    def launches(self) -> dict[str, Launch]:
+        """The launches by kernel."""
+        return {field.name: getattr(self, field.name) for field in fields(self)[4:]}
+
     def smaller(self) -> "Config | None":
         """With less shared memory: one stage, then smaller tiles; None: there is none."""
-        launches = {k: v for k, v in asdict(self).items() if isinstance(v, tuple)}
-        if any(stages > 1 for _, stages in launches.values()):
-            return replace(self, **{k: Launch(w, 1) for k, (w, _) in launches.items()})
+        if any(how.stages > 1 for how in self.launches.values()):
+            return replace(self, **{k: Launch(how[0], 1) for k, how in self.launches.items()})
         if self.block > 16:
             half = {"block": self.block // 2, "rows": max(16, self.rows // 2)}
             return replace(self, **half, columns=max(32, self.columns // 2))
@@ -87,6 +91,15 @@ def _profile(path: str) -> dict[str, Config]:
 
 @cache
 def _default(family: str, backward: bool, size: int, float32: bool, far: bool) -> Config:
+    config = _of_nvidia(family, backward, size, float32)
+    if family == "amd":
+        # A warp has 64 threads there, and a thread 512 registers.
+        launches = {name: Launch(4, how[1]) for name, how in config.launches.items()}
+        config = replace(config, **launches)
+    return config
+
+
+def _of_nvidia(family: str, backward: bool, size: int, float32: bool) -> Config:
     if family == "interpreter":
         # Its time goes by the number of operations, not by their size.
         return Config(32, 16, 16, 128, Launch(4, 1))
@@ -99,9 +112,10 @@ def _default(family: str, backward: bool, size: int, float32: bool, far: bool) -
     # Half of the columns, where twice as many do not fit registers or shared memory.
     columns = 64 if family in ("sm_86", "sm_89", "sm_120", "amd") else 128
     if size <= 64:
-        return Config(64, 32, 64, columns, Launch(4, 2))
+        return Config(64, 16 if family == "sm_120" else 32, 64, columns, Launch(4, 2))
     if size <= 128 and not backward:
-        return Config(64, 32, 64, 64, Launch(4, 2), forward=Launch(8, 2))
+        band = Launch(8, 2) if family == "sm_100" else Launch(4, 2)
+        return Config(64, 32, 64, 64, band, forward=Launch(8, 2))
     if size <= 128:
         wide = {"near_dkv": Launch(8, 2), "dkv": Launch(8, 2), "table": Launch(8, 2)}
         return Config(32, 16, 64, 64, Launch(4, 2), **wide)

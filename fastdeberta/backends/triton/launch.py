@@ -24,7 +24,7 @@ from .tiles import spans_kernel
 Result = TypeVar("Result")
 
 _LOG2_E = 1.4426950408889634
-_FOLD = 2048  # Numbers of a block of fold_kernel.
+_FOLD_BLOCK = 16
 _TABLE_BLOCK = 64
 _SPANS_BLOCK = 1024
 
@@ -439,7 +439,6 @@ def _backward(call: dict[str, Any], grads: list[Tensor], config: Config) -> None
         launch(dkv_kernel, (made.tiles * call["batch"] * heads,), config.dkv, call)
     if near:
         table = call["dpos_key"]
-        block = min(32, max(16, _FOLD // call["D"]))
-        fold = {"margin": config.columns, "table_rows": table.size(0), "BLOCK": block}
-        grid = (-(-table.size(0) // block), heads, _sides(call))
+        fold = {"margin": config.columns, "table_rows": table.size(0), "BLOCK": _FOLD_BLOCK}
+        grid = (-(-table.size(0) // _FOLD_BLOCK), heads, _sides(call))
         launch(fold_kernel, grid, Launch(4, 1), call | fold)

@@ -10,8 +10,10 @@ INSTRUCTIONS = {
     "sm_90": {"forward near": 24, "forward far": 10, "backward near": 56, "backward far": 32},
 }
 
-# Stores to local memory, of any kernel. Dropout's generator takes registers that none are left for
-# on some targets, and so do IEEE products of wide heads, which no matrix instruction does.
+# Stores to local memory. Dropout's generator takes registers that are not left on some targets; so
+# do IEEE products of wide heads, which no matrix instruction makes.
 SPILLS = 0
-SPILLS_WITH_DROPOUT = 80
+SPILLS_FOLD = 4  # A kernel of no weight, on some targets.
+SPILLS_ONE_TERM = 8  # On sm_120 alone.
+SPILLS_DROPOUT = 96
 SPILLS_FLOAT32_WIDE = 600
