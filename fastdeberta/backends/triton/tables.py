@@ -86,9 +86,11 @@ def fold_kernel(
         of_distance = tl.load(rows + x0 - first + n, mask=x0 + n <= last, other=2147483647)
         below += tl.sum((of_distance < tl.program_id(0) * BLOCK).to(tl.int32), 0)
         upto += tl.sum((of_distance < tl.program_id(0) * BLOCK + BLOCK).to(tl.int32), 0)
-    # The first and the last row also serve what lies beyond saturation.
-    low = tl.where(below == 0, margin - reach, first + below)
+    # The first and the last row also serve what lies beyond saturation, and short sequences do not
+    # reach all rows.
+    low = tl.maximum(tl.where(below == 0, margin - reach, first + below), margin - reach)
     high = tl.where(upto == last - first + 1, reach - margin + 1, first + upto)
+    high = tl.minimum(high, reach - margin + 1)
 
     acc = tl.zeros([BLOCK, D], tl.float32)
     for x0 in range(low, tl.where(upto == below, low, high), BLOCK):
