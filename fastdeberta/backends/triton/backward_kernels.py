@@ -538,17 +538,19 @@ def dkv_kernel(
                 part = tl.sum(column_sum[:, None] * k.to(tl.float32), 0)
                 tl.store(key_ends + slot * D + d, part)
     if UNIFORM:
+        average = tl.zeros([BLOCK, D], tl.float32)
         for i0 in range(0, padded, STEP):
             i = i0 + tl.arange(0, STEP)
             attend = tl.load(key_mask + start + i, mask=i < padded, other=1).to(tl.int1)
             if tl.min(attend.to(tl.int32), 0) == 0:
                 do = load_rows(dout, i0, stride_dt, padded, HEAD_DIM, D, STEP)
                 probs = tl.zeros([BLOCK, STEP], tl.float32)
-                probs = tl.where(attend[None, :], probs, keep_scale / padded)
+                probs = tl.where(attend[None, :], probs, 1.0)
                 if rng_state is not None:
                     keep = keep_tile(rng_state, b * heads + head, i0, j0, threshold, STEP, BLOCK)
-                    probs = tl.where(tl.trans(keep), probs, 0.0)
-                dv = tl.dot(probs.to(do.dtype), do, dv, input_precision=PRECISION)
+                    probs *= tl.trans(tl.where(keep, 1.0, 0.0))
+                average = tl.dot(probs.to(do.dtype), do, average, input_precision=PRECISION)
+        dv += average * (keep_scale / padded)
     if HAS_NEAR:
         place = (start + j0) * heads * HEAD_DIM + head * HEAD_DIM
         place += n[:, None] * (heads * HEAD_DIM) + d[None, :]

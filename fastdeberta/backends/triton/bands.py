@@ -111,6 +111,24 @@ def p2c_tile(workspace, tile_i, j0, BLOCK: tl.constexpr, STEP: tl.constexpr, CAU
 
 
 @triton.jit
+def narrowed(scores, dtype: tl.constexpr):
+    """float32 as the workspace holds it: float16 in the place of bfloat16."""
+    if dtype == tl.bfloat16:
+        return scores.to(tl.float16).to(tl.bfloat16, bitcast=True)
+    else:
+        return scores.to(dtype)
+
+
+@triton.jit
+def widened(scores):
+    """The inverse of narrowed."""
+    if scores.dtype == tl.bfloat16:
+        return scores.to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        return scores.to(tl.float32)
+
+
+@triton.jit
 def position_scores(
     workspace,
     tile_i,
@@ -124,14 +142,14 @@ def position_scores(
     """float32 [BLOCK, STEP]: c2p + p2c of a tile's queries and near keys. The product q . k starts
     from them, so that scores stay in the layout of matrix instructions."""
     if C2P and P2C:
-        c2p = tl.load(c2p_tile(workspace, tile_i, j0, BLOCK, STEP)).to(tl.float32)
-        p2c = tl.load(p2c_tile(workspace, tile_i, j0, BLOCK, STEP, CAUSAL)).to(tl.float32)
+        c2p = widened(tl.load(c2p_tile(workspace, tile_i, j0, BLOCK, STEP)))
+        p2c = widened(tl.load(p2c_tile(workspace, tile_i, j0, BLOCK, STEP, CAUSAL)))
         return c2p + tl.trans(p2c)
     elif C2P:
-        return tl.load(c2p_tile(workspace, tile_i, j0, BLOCK, STEP)).to(tl.float32)
+        return widened(tl.load(c2p_tile(workspace, tile_i, j0, BLOCK, STEP)))
     else:
         p2c = tl.load(p2c_tile(workspace, tile_i, j0, BLOCK, STEP, CAUSAL))
-        return tl.trans(p2c.to(tl.float32))
+        return tl.trans(widened(p2c))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -206,7 +224,7 @@ def band_kernel(
         t = tl.load(table + (c0 - residue + reach + c)[:, None] * D + d[None, :])
         scores = tl.dot(rows, tl.trans(t), input_precision=PRECISION)
         place, near = octets(x, c0, residue, limits, BLOCK, COLUMNS)
-        tl.store(band + place, scores.to(bands.dtype.element_ty), mask=near)
+        tl.store(band + place, narrowed(scores, bands.dtype.element_ty), mask=near)
 
 
 @triton.jit(do_not_specialize=SIZES)
