@@ -249,7 +249,8 @@ def allowed_spills(x: Resources) -> int:
         return limits.SPILLS_FLOAT32_WIDE
     if x.kernel == "fold_kernel":
         return limits.SPILLS_FOLD
-    return limits.SPILLS_ONE_TERM if len(x.variant.terms) == 1 else limits.SPILLS
+    other = len(x.variant.terms) == 1 or x.variant.head_dim < 64
+    return limits.SPILLS_OTHER if other else limits.SPILLS
 
 
 def past_limits(found: list[Resources]) -> Iterator[str]:

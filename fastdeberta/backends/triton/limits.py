@@ -14,6 +14,6 @@ INSTRUCTIONS = {
 # do IEEE products of wide heads, which no matrix instruction makes.
 SPILLS = 0
 SPILLS_FOLD = 4  # A kernel of no weight, on some targets.
-SPILLS_ONE_TERM = 8  # On sm_120 alone.
+SPILLS_OTHER = 8  # One position term, or heads narrower than 64, on some targets.
 SPILLS_DROPOUT = 96
 SPILLS_FLOAT32_WIDE = 600
