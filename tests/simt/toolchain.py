@@ -1,0 +1,125 @@
+"""Builds programs that run CUDA kernels on the CPU (csrc/simt), for each tool that checks them."""
+
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+SOURCES = ROOT / "tests/simt"
+BUILD = ROOT / "build/simt"
+COMPILER = os.environ.get("CXX", "g++")
+
+# Kernels look at shared memory through pointers of any type, as GPU compilers allow. Optimised, but
+# little: the reports of the tools then name the lines.
+COMMON = [
+    "-std=c++17",
+    "-O1",
+    "-g",
+    "-fno-strict-aliasing",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+]
+MEMORY = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+# Of each tool: flags for kernels and linking, flags for the runtime, library that it needs.
+TOOLS: dict[str, tuple[list[str], list[str], str | None]] = {
+    "plain": ([], [], None),
+    "asan": (MEMORY, MEMORY, "libasan.so"),
+    "tsan": (["-fsanitize=thread"], ["-DSIMT_TSAN"], "libtsan.so"),
+    "valgrind": ([], ["-DSIMT_VALGRIND"], None),
+}
+
+
+@functools.cache
+def cuda_home() -> Path | None:
+    """Where CUDA's headers are: nvcc itself may be a wrapper script that lies elsewhere."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    if shutil.which("nvcc"):
+        command = ["nvcc", "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull]
+        steps = subprocess.run(command, capture_output=True, text=True).stderr
+        homes += re.findall(r"^#\$ TOP=(.+)$", steps, re.M)
+    for home in filter(None, [*homes, "/usr/local/cuda"]):
+        if (Path(home.strip()) / "include/cuda_fp16.h").exists():
+            return Path(home.strip()).resolve()
+    return None
+
+
+def require(tool: str) -> None:
+    """Skips the test, and says why, where something is missing that `tool` needs."""
+    if cuda_home() is None:
+        pytest.skip("there are no CUDA headers: set CUDA_HOME")
+    if shutil.which(COMPILER) is None:
+        pytest.skip(f"there is no {COMPILER}")
+    if tool == "valgrind":
+        if shutil.which("valgrind") is None:
+            pytest.skip("there is no valgrind")
+        header = ["-fsyntax-only", "-x", "c++", "-include", "valgrind/memcheck.h", os.devnull]
+        if subprocess.run([COMPILER, *header], capture_output=True).returncode:
+            pytest.skip("there are no headers of valgrind")
+    library = TOOLS[tool][2]
+    if library:
+        where = [COMPILER, f"-print-file-name={library}"]
+        if not os.path.isabs(subprocess.check_output(where, text=True).strip()):
+            pytest.skip(f"{COMPILER} has no {library}")
+
+
+def compile_once(output: Path, command: list[str], sources: list[Path]) -> Path:
+    """Runs `command` with -o `output` unless that is there, newer than all sources and headers."""
+    headers = [p for p in ROOT.glob("csrc/**/*") if p.suffix in (".h", ".cuh")]
+    digest = hashlib.sha256(" ".join(command).encode()).hexdigest()[:12]
+    output = output.with_name(f"{output.stem}-{digest}{output.suffix}")
+    newest = max(path.stat().st_mtime for path in [*sources, *headers])
+    if not output.exists() or output.stat().st_mtime < newest:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # Tests in other processes may build the same: the last to finish wins, with the same file.
+        unfinished = output.with_name(f"{output.stem}-{os.getpid()}{output.suffix}")
+        done = subprocess.run(
+            [*command, "-o", str(unfinished)], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        unfinished.rename(output)
+    return output
+
+
+def build(name: str, tool: str = "plain") -> Path:
+    """The program of tests/simt/`name`, to be checked by `tool`."""
+    require(tool)
+    flags, runtime_flags, _ = TOOLS[tool]
+    compiler = [COMPILER, *COMMON, "-isystem", str(cuda_home() / "include")]  # type: ignore[operator]
+    parts = [
+        (ROOT / "csrc/simt/simt.cpp", runtime_flags),
+        (SOURCES / name, flags),
+    ]
+    objects = [
+        compile_once(
+            BUILD / f"{source.stem}-{tool}.o",
+            [*compiler, *part_flags, "-x", "c++", "-c", str(source)],
+            [source],
+        )
+        for source, part_flags in parts
+    ]
+    link = [COMPILER, *flags, *map(str, objects), "-pthread"]
+    return compile_once(BUILD / f"{Path(name).stem}-{tool}.exe", link, objects)
+
+
+def run(tool: str, *command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a program as `tool` has it: 9 is valgrind's exit status after an error, 66 TSan's."""
+    words = list(map(str, command))
+    if tool == "valgrind":
+        words = ["valgrind", "-q", "--error-exitcode=9", *words]
+    random_bits = Path("/proc/sys/vm/mmap_rnd_bits")
+    # Mappings at more random addresses than these are more than some TSans know of.
+    if tool == "tsan" and random_bits.exists() and int(random_bits.read_text()) > 28:
+        words = ["setarch", "-R", *words]
+    quiet = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "exitcode=66"}
+    return subprocess.run(
+        words, env=os.environ | quiet | environment, capture_output=True, text=True, timeout=120
+    )
