@@ -1,7 +1,9 @@
 """One rule for "close enough", for every dtype and every test of attention.
 
 The truth is computed in float64. What is tested may err at most twice as much as plain PyTorch of
-the same dtype errs on the same inputs, plus a fixed allowance for values whose truth is zero.
+the same dtype errs on the same inputs, plus a fixed allowance for values whose truth is zero. The
+largest error may also have one rounding of the largest value more: of few values, none may have
+been rounded far by luck.
 """
 
 from collections.abc import Mapping
@@ -36,8 +38,11 @@ def assert_close(
     failures = []
     for name in truth:
         mine, theirs = _errors(ours[name], truth[name]), _errors(peer[name], truth[name])
+        finite = truth[name].nan_to_num(0.0, 0.0, 0.0).abs()
+        rounding = torch.finfo(dtype).eps / 2 * finite.max().item() if finite.numel() else 0.0
         for measure in mine:
             limit = FACTOR * theirs[measure] + ATOL[dtype]
+            limit += rounding if measure == "max" else 0.0
             if not mine[measure] <= limit:  # NaN fails too.
                 failures.append(f"{name}: {measure} error {mine[measure]:.3g} > {limit:.3g}")
     assert not failures, "; ".join(failures)
