@@ -7,8 +7,8 @@ Where a library cannot be built, the package installs without it and stderr says
 Environment: FASTDEBERTA_SKIP_EXT_BUILD=1 builds no library, FASTDEBERTA_SKIP_CUDA_BUILD=1 not the
 CUDA one; FASTDEBERTA_FORCE_EXT_BUILD=1 and FASTDEBERTA_FORCE_CUDA_BUILD=1 (or FORCE_CUDA=1) fail
 instead of leaving one out; FASTDEBERTA_SANITIZE=1 lets the CPU library check its own memory and
-arithmetic (`make test-sanitized`). torch's own CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS hold
-as well.
+arithmetic (`make test-sanitized`). torch's own CUDA_HOME, TORCH_CUDA_ARCH_LIST (else sm_80, sm_90
+and PTX for newer GPUs) and MAX_JOBS (files compiled at a time) hold as well.
 """
 
 import os
@@ -36,7 +36,9 @@ LINK_FLAGS = []
 if is_set("FASTDEBERTA_SANITIZE"):
     LINK_FLAGS = ["-fsanitize=address,undefined"]
     CXX_FLAGS += ["-O1", "-g1", "-fno-sanitize-recover=all", *LINK_FLAGS]
-NVCC_FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA", *DEFINES]
+# Two architectures of a file at a time: there are few files, and each takes less than 500 MB.
+NVCC_FLAGS = ["-O3", "-std=c++17", "--threads=2", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA"]
+NVCC_FLAGS += DEFINES
 
 
 def leave_out(library, reason, remedy, demanded):
@@ -46,14 +48,33 @@ def leave_out(library, reason, remedy, demanded):
     print(f"fastdeberta: building WITHOUT {message}", file=sys.stderr)
 
 
+def output_of(*command):
+    """What a program prints; nothing where it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout + done.stderr
+
+
 def find_cuda_home():
     """Asks nvcc for CUDA_HOME, which torch reads on import: its own guess fails where nvcc is a
     wrapper script."""
-    if "CUDA_HOME" not in os.environ and "CUDA_PATH" not in os.environ and shutil.which("nvcc"):
-        command = ["nvcc", "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull]
-        steps = subprocess.run(command, capture_output=True, text=True).stderr
-        if top := re.search(r"^#\$ TOP=(.+)$", steps, re.M):
-            os.environ["CUDA_HOME"] = os.path.realpath(top[1].strip())
+    if os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or not shutil.which("nvcc"):
+        return
+    steps = output_of("nvcc", "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull)
+    if top := re.search(r"^#\$ TOP=(.+)$", steps, re.M):
+        home = os.path.realpath(top[1].strip())
+        if shutil.which(os.path.join(home, "bin", "nvcc")):  # else torch's guess is no worse
+            os.environ["CUDA_HOME"] = home
+
+
+def architectures():
+    """What nvcc compiles for. torch's own default is the GPUs it sees, and an error if there is
+    none; the kernels' instructions came with 8.0, and lists set for all of a machine go lower."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").strip(";")
+    older = r"[1-7]\.|Kepler|Maxwell|Pascal|Volta|Turing"
+    return [arch for arch in (asked or "8.0;9.0+PTX").split(";") if not re.match(older, arch)]
 
 
 def cuda_obstacle(torch_cuda, cuda_home):
@@ -63,14 +84,21 @@ def cuda_obstacle(torch_cuda, cuda_home):
     if torch_cuda is None:
         return "the installed torch is not a CUDA build", "install one that is and build again"
     nvcc = cuda_home and shutil.which(os.path.join(cuda_home, "bin", "nvcc"))
+    toolkit = f"a CUDA {torch_cuda.split('.')[0]} toolkit (torch's is {torch_cuda})"
     if not nvcc:
-        return "there is no nvcc", f"install CUDA {torch_cuda} or set CUDA_HOME"
-    release = re.search(
-        r"release ([\d.]+)", subprocess.check_output([nvcc, "--version"], text=True)
-    )
-    if release is None or release[1].split(".")[0] != torch_cuda.split(".")[0]:
-        found = release[1] if release else "an unknown release"
-        return f"nvcc is of CUDA {found}", f"set CUDA_HOME to a CUDA {torch_cuda} toolkit"
+        where = f" in {cuda_home}/bin" if cuda_home else ""
+        return f"there is no nvcc{where}", f"install {toolkit}, or set CUDA_HOME to it"
+    release = re.search(r"release (\d+)\.\d+", output_of(nvcc, "--version"))
+    if release is None:
+        return f"{nvcc} --version names no release", f"set CUDA_HOME to {toolkit}"
+    # Within a major release any nvcc does, as torch's own check has it.
+    if release[1] != torch_cuda.split(".")[0]:
+        found = release[0].removeprefix("release ")
+        reason = f"nvcc is of CUDA {found}, the installed torch of CUDA {torch_cuda}"
+        return reason, f"set CUDA_HOME to {toolkit}"
+    if not architectures():
+        asked = os.environ["TORCH_CUDA_ARCH_LIST"]
+        return f"TORCH_CUDA_ARCH_LIST={asked} has no GPU from 8.0 on", "add one, or unset it"
     return None
 
 
@@ -95,8 +123,7 @@ def libraries():
         if obstacle := cuda_obstacle(torch.version.cuda, CUDA_HOME):
             leave_out("the CUDA kernels", *obstacle, FORCE_CUDA)
         else:
-            # torch would look for a GPU to compile for.
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+            os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(architectures())
             common["extra_compile_args"] = {"cxx": [*CXX_FLAGS, "-DUSE_CUDA"], "nvcc": NVCC_FLAGS}
             extensions.append(CUDAExtension("fastdeberta._C_cuda", CUDA_SOURCES, **common))
     failed = []
@@ -110,7 +137,22 @@ def libraries():
                 leave_out(extension.name, f"compiling failed ({error})", remedy, FORCE)
                 failed.append(extension)
 
+        def build_extensions(self):
+            try:
+                super().build_extensions()
+            except RuntimeError as error:  # torch finds the C++ compiler unfit for nvcc
+                cuda = [ext for ext in self.extensions if ext.name == "fastdeberta._C_cuda"]
+                if FORCE or not cuda:
+                    raise
+                remedy = "set CC and CXX to such a compiler"
+                leave_out(cuda[0].name, str(error).rstrip("."), remedy, FORCE)
+                self.extensions.remove(cuda[0])
+                super().build_extensions()
+
         def run(self):
+            # What an earlier build made, with other options, would go into the wheel.
+            for path in glob(os.path.join(self.build_lib, "fastdeberta", "_C*")):
+                os.remove(path)
             super().run()
             self.extensions[:] = [ext for ext in self.extensions if ext not in failed]
             if not self.extensions:  # the wheel had been tagged for this platform

@@ -15,19 +15,16 @@ from .relative_position import RelativePosition
 def collect() -> dict[str, Any]:
     """Versions, devices, backends with their reasons, build flags, the backend of typical calls."""
     build: dict[str, Any] = {}
-    for name in ("_C", "_C_cuda"):
+    for name, flags in (("_C", "flags"), ("_C_cuda", "cuda_flags")):
         reason = libraries.load(name)
         build[name] = "loaded" if reason is None else reason
-    if build["_C"] == "loaded":
-        build["flags"] = json.loads(torch.ops.fastdeberta_C.build_info())
-    devices = [f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"]
-    for index in range(torch.cuda.device_count()):
-        devices.append(f"cuda:{index} ({torch.cuda.get_device_name(index)})")
+        if reason is None:
+            build[flags] = json.loads(getattr(torch.ops, f"fastdeberta{name}").build_info())
     return {
         "fastdeberta": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "devices": devices,
+        "devices": _devices(),
         "backends": available_backends(),
         "build": build,
         "kernels": {
@@ -38,6 +35,20 @@ def collect() -> dict[str, Any]:
             }.items()
         },
     }
+
+
+def _devices() -> list[str]:
+    devices = [f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"]
+    for index in range(torch.cuda.device_count()):
+        details = [torch.cuda.get_device_name(index)]
+        if torch.version.cuda:  # ROCm numbers differently
+            details.append("sm_{}{}".format(*torch.cuda.get_device_capability(index)))
+        devices.append(f"cuda:{index} ({', '.join(details)})")
+    if len(devices) == 1:
+        built = torch.version.cuda
+        reason = f"is built for CUDA {built}, but sees none" if built else "is not a CUDA build"
+        devices.append(f"no GPU (torch {reason})")
+    return devices
 
 
 def _example(
