@@ -13,7 +13,8 @@ ARGS ?=
 export FASTDEBERTA_FORCE_EXT_BUILD ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow test-triton test-sanitized resources bench lint format clean
+.PHONY: help env demo test test-slow test-triton test-simt test-sanitized resources bench lint \
+	format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -31,8 +32,8 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(SOURCES)
 demo: $(INSTALLED)  ## the main job on the embedded data: a few minutes on two cores
 	$(BIN)/fastdeberta demo $(ARGS)
 
-test: $(INSTALLED)  ## the tests but the slow and the interpreted ones
-	$(BIN)/python -m pytest -q -m "not slow and not interpreted" $(ARGS)
+test: $(INSTALLED)  ## the tests but the slow, the interpreted and the simulated ones
+	$(BIN)/python -m pytest -q -m "not slow and not interpreted and not simulated" $(ARGS)
 
 test-slow: $(INSTALLED)  ## the slow tests
 	$(BIN)/python -m pytest -q -m slow $(ARGS)
@@ -41,8 +42,14 @@ test-slow: $(INSTALLED)  ## the slow tests
 test-triton: $(INSTALLED)  ## the Triton kernels in Triton's interpreter, on every core: long
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m interpreted -n auto $(ARGS)
 
-resources: $(INSTALLED)  ## the Triton kernels compiled for every GPU family, against their limits
+# Built first, so that no two processes do.
+test-simt: $(INSTALLED)  ## the CUDA kernels on the CPU, also under sanitizers and valgrind
+	$(BIN)/python tests/simulated.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m simulated -n auto $(ARGS)
+
+resources: $(INSTALLED)  ## the GPU kernels compiled for every GPU family, against their limits
 	$(BIN)/python -m benchmarks.triton_resources --check $(ARGS)
+	$(BIN)/python -m benchmarks.cuda_resources --check $(ARGS)
 
 # A build with the compiler's sanitizers, apart from the installed one, runs the tests of the op.
 test-sanitized: $(INSTALLED)  ## the CPU kernels' tests under ASan and UBSan

@@ -32,9 +32,9 @@ struct AttentionParams {
   const int32_t* rows;
   int first_distance, last_distance;
 
-  const int64_t* rng_state;  // (seed, offset); null: no dropout
-  double dropout_p;
-  float keep_scale() const { return static_cast<float>(1.0 / (1.0 - dropout_p)); }
+  const int64_t* rng_state;    // (seed, offset); null: no dropout
+  uint32_t dropout_threshold;  // DropoutRule::threshold_of
+  float keep_scale;            // 1 / (1 - dropout_p)
   float softmax_scale;
   bool causal;
   bool uniform_padding;  // masked queries average all values of their sequence

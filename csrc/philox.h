@@ -55,12 +55,16 @@ struct DropoutRule {
   uint32_t key0, key1, offset, threshold;
 
   // rng_state = (seed, offset), of which the offset changes from call to call.
-  // 0 <= dropout_p < 1: the threshold of 1 would not fit 32 bits.
-  FASTDEBERTA_HOST_DEVICE DropoutRule(const int64_t* rng_state, double dropout_p)
+  FASTDEBERTA_HOST_DEVICE DropoutRule(const int64_t* rng_state, uint32_t threshold)
       : key0(static_cast<uint32_t>(rng_state[0])),
         key1(static_cast<uint32_t>(static_cast<uint64_t>(rng_state[0]) >> 32)),
         offset(static_cast<uint32_t>(rng_state[1])),
-        threshold(static_cast<uint32_t>(dropout_p * 4294967296.0)) {}
+        threshold(threshold) {}
+
+  // 0 <= dropout_p < 1: the threshold of 1 would not fit 32 bits.
+  static uint32_t threshold_of(double dropout_p) {
+    return static_cast<uint32_t>(dropout_p * 4294967296.0);
+  }
 
   // Row of draws that serves score row i: rows i and i + 8 of a 16-row tile share it.
   FASTDEBERTA_HOST_DEVICE static uint32_t draw_row(uint32_t i) { return (i & 7) | (i >> 4 << 3); }

@@ -70,6 +70,20 @@ def test_explain_says_why_others_were_passed_over(registry):
     assert not registry.calls, "explain computes nothing"
 
 
+def test_a_backend_may_yield_to_a_later_one(registry, monkeypatch):
+    yielding = sys.modules["registry.counting"]
+    monkeypatch.setattr(yielding, "yields", lambda query, params: "too long", raising=False)
+    explanation = explain(*random_call(), relative_position=LOG)
+    assert explanation.backend == "reference"
+    assert explanation.passed_over["counting"] == "too long"
+    disentangled_attention(*random_call(), relative_position=LOG, backend="counting")
+    assert len(registry.calls) == 1, "whoever names it gets it"
+    monkeypatch.setattr(backends, "PREFERENCE", ("refusing", "counting"))
+    explanation = explain(*random_call(), relative_position=LOG)
+    assert explanation.backend == "counting", "there is nobody to yield to"
+    assert explanation.passed_over == {"refusing": "head dim too odd"}
+
+
 def test_auto_uses_what_explain_names(registry):
     disentangled_attention(*random_call(), relative_position=LOG)
     assert len(registry.calls) == 1

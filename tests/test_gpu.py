@@ -6,6 +6,7 @@ Whether results are right is test_op.py's matter, on every backend.
 import gc
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,15 +21,16 @@ from fastdeberta import available_backends, disentangled_attention
 
 pytestmark = pytest.mark.gpu
 
-BACKEND = "triton"
+BACKEND = ""  # set for each test
 HEADS, HEAD_DIM = 12, 64
 
 
-@pytest.fixture(autouse=True)
-def _usable():
+@pytest.fixture(autouse=True, params=["triton", "cuda"])
+def _usable(request, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "BACKEND", request.param)
     if reason := available_backends()[BACKEND]:
         pytest.skip(f"{BACKEND}: {reason}")
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if BACKEND == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("TRITON_INTERPRET=1 runs kernels on the CPU")
 
 

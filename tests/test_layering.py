@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import fastdeberta
+from fastdeberta.backends import MODULES
 
 PACKAGE = "fastdeberta"
 SOURCE = Path(fastdeberta.__file__).parent
@@ -104,8 +105,9 @@ def part_of(module: str) -> str | None:
 
 
 def backend_of(module: str) -> str | None:
+    """fastdeberta.backends.triton.tiles -> triton; None: what backends share."""
     names = module.split(".")
-    return names[2] if len(names) > 2 else None
+    return names[2] if len(names) > 2 and names[2] in MODULES else None
 
 
 def imports(tree: ast.Module, package: str, modules: set[str]) -> Iterator[str]:

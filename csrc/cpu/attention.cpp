@@ -158,7 +158,7 @@ void uniform_rows(const Call& call) {
     if (std::all_of(mask, mask + s.length, [](bool attend) { return attend; })) return;
     const S* values = static_cast<const S*>(p.value.data) + head * p.value.head_stride;
     std::vector<float> line(p.head_dim), total(p.head_dim);
-    const float scale = p.keep_scale() / static_cast<float>(s.length);
+    const float scale = p.keep_scale / static_cast<float>(s.length);
     const auto average = [&](const auto& counts) {
       std::fill(total.begin(), total.end(), 0.0f);
       for (int j = 0; j < s.length; ++j) {
@@ -192,7 +192,7 @@ void uniform_rows_backward(const Call& call) {
     if (std::all_of(mask, mask + s.length, [](bool attend) { return attend; })) return;
     const S* douts = static_cast<const S*>(p.dout.data) + head * p.dout.head_stride;
     S* dvalues = static_cast<S*>(p.dvalue) + head * p.head_dim;
-    const float scale = p.keep_scale() / static_cast<float>(s.length);
+    const float scale = p.keep_scale / static_cast<float>(s.length);
     std::vector<float> line(p.head_dim), total(p.head_dim);
     const auto add = [&](const auto& counts) {
       for (int i = 0; i < s.length; ++i) {

@@ -281,7 +281,7 @@ class BackwardHead {
                        w_.dscores, kBlockM);
         mask_scores(w_.scores, tile, list_.dead_from(j), p_.causal);
         if (rule_) dropout_.fill(*rule_, static_cast<uint32_t>(n * p_.heads + head_), tile);
-        score_gradients<T>(w_, tile, p_.softmax_scale, p_.keep_scale(), w_.lse + offset + i,
+        score_gradients<T>(w_, tile, p_.softmax_scale, p_.keep_scale, w_.lse + offset + i,
                            w_.delta + offset + i, rule_ ? &dropout_ : nullptr);
         content_gradients(i, j, tile.keys, tile.lanes, first);
         first = false;

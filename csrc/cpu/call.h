@@ -115,7 +115,7 @@ class Arena {
 
 inline std::optional<DropoutRule> dropout_rule(const AttentionParams& p) {
   if (!p.rng_state) return std::nullopt;
-  return DropoutRule(p.rng_state, p.dropout_p);
+  return DropoutRule(p.rng_state, p.dropout_threshold);
 }
 
 struct Call {

@@ -136,7 +136,7 @@ template <class S>
 void finish_block(const Call& call, const Sequence& sequence, int head, int query, int lanes,
                   float* out, const float* row_max, const float* row_sum, int dim, float* line) {
   const AttentionParams& p = call.p;
-  const float scale = p.keep_scale();
+  const float scale = p.keep_scale;
   for (int i = 0; i < lanes; i += kLanes) {
     const int count = std::min(kLanes, sequence.end - query - i);
     float factor[kLanes];

@@ -8,6 +8,10 @@ A backend is one module with four functions:
     backward(dout, query, key, value, pos_key, pos_query, out, lse, params)
         -> (dquery, dkey, dvalue, dpos_key, dpos_query)
 
+and perhaps a fifth, for calls that it can take and another backend had better take:
+
+    yields(query, params) -> str | None          why; None: it need not
+
 query, key, value, out: packed [T, H, D]. pos_key, pos_query: [2 * span, H, D] or None (then the
 gradient is None too). lse: [H, T], float32 (float64 for float64 inputs), natural logarithm.
 Backends never import one another.
@@ -26,12 +30,13 @@ from ..relative_position import RowTable
 # Each module is imported when its backend is first asked for, so that optional dependencies are.
 MODULES = {
     "cpu": "fastdeberta.backends.cpu",
+    "cuda": "fastdeberta.backends.cuda",
     "triton": "fastdeberta.backends.triton",
     "reference": "fastdeberta.backends.reference",
 }
 
-# "auto" takes the first of these that can do the call.
-PREFERENCE = ("cpu", "triton", "reference")
+# "auto" takes the first of these that can do the call and does not yield it to a later one.
+PREFERENCE = ("cpu", "cuda", "triton", "reference")
 
 
 class AttentionParams(NamedTuple):
@@ -85,19 +90,31 @@ def choose(backend: str, query: Tensor, params: AttentionParams) -> tuple[str, d
             raise ValueError(f"backend {backend!r} cannot take this call: {reason}")
         return backend, {}
     passed_over: dict[str, str] = {}
+    able = []
     for name in PREFERENCE:
         reason = _refusal(name, query, params)
-        if reason is None and name == "triton" and query.device.type == "cpu":
-            reason = "Triton's interpreter is for tests, slow, and taken only by name"
+        if reason is None:
+            able.append(name)
+        else:
+            passed_over[name] = reason
+    if not able:
+        raise ValueError(f"no backend can take this call: {passed_over}")
+    for name in able[:-1]:
+        reason = _yields(name, query, params)
         if reason is None:
             return name, passed_over
         passed_over[name] = reason
-    raise ValueError(f"no backend can take this call: {passed_over}")
+    return able[-1], passed_over
 
 
 def _refusal(name: str, query: Tensor, params: AttentionParams) -> str | None:
     # torch.compile traces a look-up in sys.modules, but no import.
     return _unavailable(name) or sys.modules[MODULES[name]].unsupported(query, params)
+
+
+def _yields(name: str, query: Tensor, params: AttentionParams) -> str | None:
+    yields = getattr(sys.modules[MODULES[name]], "yields", None)
+    return yields and yields(query, params)
 
 
 def constant(function: Callable) -> Callable:

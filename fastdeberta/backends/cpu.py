@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from .. import libraries
-from . import AttentionParams
+from . import AttentionParams, compiled
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Offsets within a head's table and within a sequence are 32-bit.
-_LONGEST = 2**24
+_LIBRARY = "fastdeberta_C"
 
 
 def unavailable() -> str | None:
@@ -28,8 +27,8 @@ def unsupported(query: Tensor, params: AttentionParams) -> str | None:
         return f"it takes tensors on the CPU, not on {query.device}"
     if query.dtype not in _DTYPES:
         return f"it takes float32, bfloat16 and float16, not {query.dtype}"
-    if params.max_seqlen > _LONGEST:
-        return f"it takes sequences of at most {_LONGEST} tokens, not {params.max_seqlen}"
+    if params.max_seqlen > compiled.LONGEST:
+        return f"it takes sequences of at most {compiled.LONGEST} tokens, not {params.max_seqlen}"
     return None
 
 
@@ -51,27 +50,9 @@ def _chosen() -> int:
     return kernels().index(name)
 
 
-def _dense(x: Tensor | None) -> Tensor | None:
+def _dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Kernels read any strides but one."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
-
-
-def _options(params: AttentionParams) -> tuple:
-    rows, first, last = params.rows or (None, 0, 0)
-    return (
-        None if params.cu_seqlens is None else params.cu_seqlens.contiguous(),
-        None if params.key_mask is None else params.key_mask.contiguous(),
-        rows,
-        first,
-        last,
-        params.rng_state,
-        params.max_seqlen,
-        params.causal,
-        params.dropout_p,
-        params.softmax_scale,
-        params.uniform_padding,
-        _chosen(),
-    )
+    return tuple(x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
 def forward(
@@ -83,8 +64,8 @@ def forward(
     params: AttentionParams,
 ) -> tuple[Tensor, Tensor]:
     """out [T, H, D] and lse [H, T]; see the package's docstring."""
-    inputs = map(_dense, (query, key, value, pos_key, pos_query))
-    return torch.ops.fastdeberta_C.attention_forward(*inputs, *_options(params))
+    inputs = _dense(query, key, value, pos_key, pos_query)
+    return compiled.forward(_LIBRARY, inputs, params, _chosen())
 
 
 def backward(
@@ -99,12 +80,5 @@ def backward(
     params: AttentionParams,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query, key, value, pos_key and pos_query, from the saved lse."""
-    inputs = map(_dense, (dout, query, key, value, pos_key, pos_query))
-    *grads, dpos_key, dpos_query = torch.ops.fastdeberta_C.attention_backward(
-        *inputs, out.contiguous(), lse.contiguous(), *_options(params)
-    )
-    return (
-        *grads,
-        None if pos_key is None else dpos_key,
-        None if pos_query is None else dpos_query,
-    )
+    inputs = _dense(dout, query, key, value, pos_key, pos_query)
+    return compiled.backward(_LIBRARY, inputs, out, lse, params, _chosen())

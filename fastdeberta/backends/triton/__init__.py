@@ -47,6 +47,10 @@ def _multiplies_bfloat16() -> bool:
     return InterpreterBuilder.create_dot.__module__ != InterpreterBuilder.__module__
 
 
+def yields(query: Tensor, params: AttentionParams) -> str | None:
+    return "its interpreter is for tests, slow, and taken only by name" if _interpreted() else None
+
+
 def unsupported(query: Tensor, params: AttentionParams) -> str | None:
     device = "cpu" if _interpreted() else "cuda"
     if query.device.type != device:

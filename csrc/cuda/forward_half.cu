@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "forward_launch.cuh"
+
+namespace fastdeberta::cuda {
+
+template void forward_of<__half>(const AttentionParams&, void*);
+
+}  // namespace fastdeberta::cuda
