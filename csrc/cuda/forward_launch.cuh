@@ -16,17 +16,19 @@ void launch_forward(const AttentionParams& p, void* stream) {
          kThreads, Kernel::kSharedBytes, stream, p);
 }
 
-// 32 rows a warp halve the traffic between shared memory and registers, if the tile fits, is
-// filled, and every multiprocessor has one.
+// 32 rows a warp halve the traffic between shared memory and registers. They are taken if they are
+// there to fill, on every multiprocessor, and if two blocks fit on one: while one waits at a
+// barrier, the other works.
 template <class T, int D>
 void choose_forward(const AttentionParams& p, void* stream) {
   const bool positions = p.pos_key.data || p.pos_query.data;
   if constexpr (D <= 64) {
     const Device d = device();
     const int64_t blocks = (p.max_seqlen + 127) / 128 * p.heads * p.sequences;
-    const int bytes = positions ? Forward<T, D, 2, true>::kSharedBytes : 0;
-    if (!p.rng_state && p.max_seqlen > 64 && bytes <= d.shared_memory &&
-        blocks >= d.multiprocessors) {
+    constexpr int kReserved = 1024;  // bytes, of each block
+    const int bytes = positions ? Forward<T, D, 2, true>::kSharedBytes + kReserved : 0;
+    if (!p.rng_state && p.max_seqlen > 64 && blocks >= d.multiprocessors &&
+        2 * bytes <= d.shared_memory) {
       return positions ? launch_forward<T, D, 2, true>(p, stream)
                        : launch_forward<T, D, 2, false>(p, stream);
     }

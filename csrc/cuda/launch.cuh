@@ -17,7 +17,7 @@ namespace fastdeberta::cuda {
 
 struct Device {
   int multiprocessors;
-  int64_t shared_memory;  // bytes that a block may have
+  int shared_memory;  // bytes, that all blocks of a multiprocessor have together
 };
 
 #ifdef __CUDACC__
@@ -31,13 +31,15 @@ inline void check(cudaError_t error, const char* what) {
 
 // Of the current device.
 inline Device device() {
-  int index = 0, multiprocessors = 0, bytes = 0;
+  Device device;
+  int index = 0;
+  const auto ask = [&](int& value, cudaDeviceAttr attribute) {
+    check(cudaDeviceGetAttribute(&value, attribute, index), "cudaDeviceGetAttribute");
+  };
   check(cudaGetDevice(&index), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index),
-        "cudaDeviceGetAttribute");
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
-        "cudaDeviceGetAttribute");
-  return {multiprocessors, bytes};
+  ask(device.multiprocessors, cudaDevAttrMultiProcessorCount);
+  ask(device.shared_memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  return device;
 }
 
 template <class... Parameters, class... Arguments>
@@ -56,8 +58,8 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
 
 #else
 
-// What sm_80 allows a block, and so few multiprocessors that large tiles are tested as well.
-inline Device device() { return {1, 163 * 1024}; }
+// sm_90, with so few multiprocessors that short tests fill them.
+inline Device device() { return {1, 228 * 1024}; }
 
 template <class... Parameters, class... Arguments>
 void launch(const char*, void (*kernel)(Parameters...), int64_t blocks, int threads,
