@@ -4,6 +4,7 @@
 #pragma once
 
 #include "launch.cuh"
+#include "side.cuh"
 #include "table.cuh"
 
 namespace fastdeberta::cuda {

@@ -15,6 +15,7 @@ template <class T, int D, int kTiles, bool kPositions>
 struct Forward {
   using Shape = BandShape<kTiles>;
   static constexpr int kBlockM = Shape::kBlockM;
+  static constexpr bool kHeld = D <= 64;  // keys of wide heads do not fit the registers
   static constexpr bool kDropout =
       kTiles == 1;  // the generator's registers are not to be had twice
   static constexpr int kTileElements = kBlockN * D;
@@ -31,7 +32,7 @@ struct Forward {
   float scale;
 
   T *key_tile, *value_tile;
-  Ring<T, D, kTiles> own_ring, other_ring;
+  Rings<T, D, kTiles> rings;
   __half *own_strips, *other_strips;
 
   RowFragments<T, D> query[kTiles];
@@ -50,20 +51,10 @@ struct Forward {
     }
   }
 
-  __device__ __forceinline__ void load_band(int tile, bool whole) {
-    const Rows rows(p, Side::kQuery);
-    const int shift = x0 - (tile + 1) * kBlockN;
-    const auto load = [&](auto& ring, const HeadsView& table) {
-      if (!table.data) return;
-      const T* first = rows_of<T>(table, 0, head);
-      if (whole) {
-        ring.template load<Shape::kRing>(first, table.stride, rows, shift);
-      } else {
-        ring.template load<kBlockN>(first, table.stride, rows, shift);
-      }
-    };
-    load(own_ring, p.pos_key);
-    load(other_ring, p.pos_query);
+  template <int kRows>
+  __device__ __forceinline__ void load_band(int tile) {
+    rings.template load<kRows>(p.pos_key, p.pos_query, head, Rows(p, Side::kQuery),
+                               x0 - (tile + 1) * kBlockN);
   }
 
   __device__ __forceinline__ void load_tile(T* tile, const HeadsView& x, int n) {
@@ -151,7 +142,7 @@ struct Forward {
                                         const float (&terms)[kTiles][2]) {
     __syncthreads();
     load_tile(key_tile, p.key, begin);
-    if (kPositions && near) load_band(begin, true);
+    if (kPositions && near) load_band<Shape::kRing>(begin);
     ptx::cp_async_commit();
 #pragma unroll 1
     for (int tile = begin; tile < end; ++tile) {
@@ -161,22 +152,21 @@ struct Forward {
       load_tile(value_tile, p.value, tile);
       ptx::cp_async_commit();
       __half* const own = own_strips + threadIdx.x / 32 * kTiles * Shape::kOwnStrip;
-      if (kPositions && near) {
-        if (p.pos_query.data)
-          other_products<T, D, kTiles>(other_strips, key_tile, other_ring, scale);
-        if (p.pos_key.data) own_products<T, D, kTiles>(own, query, own_ring, scale);
+      if (kPositions && near && p.pos_key.data) own_products(own, query, rings, scale);
+      const TileFragments<T, D, kHeld> keys(key_tile);
+      if (kPositions && near && p.pos_query.data) {
+        other_products(other_strips, keys, rings, scale);
       }
       Accumulator<kBlockN / 8> scores[kTiles];
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) scores[m].clear();
-      multiply_transposed<T, D>(scores, query, key_tile);
+      multiply_transposed(scores, query, keys);
       __syncthreads();  // All strips are here, and the keys and the band are free.
       if (tile + 1 < end) {
         load_tile(key_tile, p.key, tile + 1);
         if (kPositions && near) {
-          own_ring.advance();
-          other_ring.advance();
-          load_band(tile + 1, false);
+          rings.advance();
+          load_band<kBlockN>(tile + 1);
         }
       }
       ptx::cp_async_commit();
@@ -262,9 +252,9 @@ struct Forward {
     if (x0 >= seq.tokens) return;
     key_tile = shared;
     value_tile = key_tile + kTileElements;
-    own_ring.tile = value_tile + kTileElements;
-    other_ring.tile = own_ring.tile + Shape::kRing * D;
-    own_strips = reinterpret_cast<__half*>(other_ring.tile + Shape::kRing * D);
+    rings.own = value_tile + kTileElements;
+    rings.other = rings.own + rings.kElements;
+    own_strips = reinterpret_cast<__half*>(rings.other + rings.kElements);
     other_strips = own_strips + Shape::kOwnElements;
     read_mask(p, seq, reinterpret_cast<int*>(shared));
     scale = p.softmax_scale * kLog2e;

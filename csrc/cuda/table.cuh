@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Gradients of the tables. All near tiles on one diagonal, of all sequences, have the same shifts:
-// a block stays on its diagonal, sums over it in registers and writes once.
+// Gradients of the tables; see backward.cuh. All near tiles on one diagonal, of all sequences, have
+// the same shifts: a block stays on its diagonal, sums over it in registers and writes once.
 #pragma once
 
 #include "backward.cuh"
@@ -24,8 +24,10 @@ struct TableBlock : Problem<T, D> {
   static constexpr int kSharedBytes =
       2 * (4 * kTileElements + 2 * kShifts * D + Square::kOwnElements + Square::kOtherElements);
 
+  int tile_shift;  // x0 - y0, in tiles: the block's diagonal
+  int x0, y0;
   T *query, *key, *value, *dout;
-  Ring<T, D, 1> own_ring, other_ring;
+  Rings<T, D, 1> rings;
   __half *own_strips, *other_strips;
   // Of shifts 16 b to 16 b + 15, b = warp and warp + 4: so every warp has as much to do.
   Accumulator<kColumns / 8> own_sums[2], other_sums[2];
@@ -34,20 +36,21 @@ struct TableBlock : Problem<T, D> {
       : Base(params, workspace) {}
 
   // Gradients of scores, unscaled, in `scores`; their strips hold the position terms before.
-  __device__ __forceinline__ void score_gradients(Accumulator<kBlock / 8> (&scores)[1], int x0,
-                                                  int y0, uint64_t bits) {
+  __device__ __forceinline__ void score_gradients(Accumulator<kBlock / 8> (&scores)[1],
+                                                  uint64_t bits) {
     const int warp = threadIdx.x / 32;
     const int lane_row = x0 + 16 * warp + threadIdx.x % 32 / 4;
     const int lane_column = y0 + threadIdx.x % 4 * 2;
     __half* const own = own_strips + warp * Square::kOwnStrip;
     scores[0].clear();
-    if (p.pos_query.data) other_products<T, D, 1>(other_strips, key, other_ring, scale);
+    const TileFragments<T, D, false> keys(key);
+    if (p.pos_query.data) other_products(other_strips, keys, rings, scale);
     if (p.pos_key.data) {
       RowFragments<T, D> x[1];
       x[0].load(query, 16 * warp);
-      own_products<T, D, 1>(own, x, own_ring, scale);
+      own_products(own, x, rings, scale);
     }
-    multiply_transposed<T, D>(scores[0], query, 16 * warp, key);
+    multiply_transposed(scores[0], query, 16 * warp, keys);
     __syncthreads();  // All strips are here.
 #pragma unroll
     for (int n = 0; n < kBlock / 8; ++n) {
@@ -58,7 +61,7 @@ struct TableBlock : Problem<T, D> {
                     p.pos_query.data ? other_strips : nullptr);
     Accumulator<kBlock / 8> dprobs[1];
     dprobs[0].clear();
-    multiply_transposed<T, D>(dprobs[0], dout, 16 * warp, value);
+    multiply_transposed(dprobs[0], dout, 16 * warp, TileFragments<T, D, false>(value));
     float shift[2], delta[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -92,7 +95,6 @@ struct TableBlock : Problem<T, D> {
   template <bool kOwn>
   __device__ __forceinline__ void gather(Accumulator<kColumns / 8> (&sums)[2], const T* strips,
                                          const T* rows, int column) {
-    constexpr int kPitch = kOwn ? Square::kOwnPitch : Square::kOtherPitch;
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -102,8 +104,15 @@ struct TableBlock : Problem<T, D> {
         const int block = threadIdx.x / 32 + 4 * half - (kOwn ? strip : 3 - strip);
         if (block < 0 || block >= Square::kOwnBlocks) continue;
         uint32_t a[4];
-        const int row = 16 * strip + lane % 8 + lane / 16 * 8;
-        ptx::ldmatrix_x4_trans(a, strips + row * kPitch + 16 * block + lane / 8 % 2 * 8);
+        if constexpr (kOwn) {
+          const T* const rows = strips + strip * Square::kOwnStrip;
+          const int shift = 16 * block + lane % 16;
+          ptx::ldmatrix_x4(a, rows + shift * Square::kOwnPitch + lane / 16 * 8);
+        } else {
+          const int row = 16 * strip + lane % 8 + lane / 16 * 8;
+          const int shift = 16 * block + lane / 8 % 2 * 8;
+          ptx::ldmatrix_x4_trans(a, strips + row * Square::kOtherPitch + shift);
+        }
 #pragma unroll
         for (int n = 0; n < kColumns / 16; ++n) {
           uint32_t b[4];
@@ -131,6 +140,33 @@ struct TableBlock : Problem<T, D> {
     }
   }
 
+  // One tile of the diagonal, by number.
+  struct Step {
+    int number;
+    uint64_t bits;  // keys that are attended to; none: the diagonal is done
+  };
+
+  __device__ __forceinline__ void go_to(int number) {
+    const int tiles = static_cast<int>((p.max_seqlen + kBlock - 1) / kBlock);
+    const int steps = tiles - (tile_shift < 0 ? -tile_shift : tile_shift);
+    this->sequence = number / steps;
+    seq = sequence_bounds(p, this->sequence);
+    x0 = (number % steps + max(tile_shift, 0)) * kBlock;
+    y0 = x0 - tile_shift * kBlock;
+  }
+
+  // The first step from `number` on that has something to add. Its place is then the block's.
+  __device__ __forceinline__ Step find_step(int number) {
+    const int tiles = static_cast<int>((p.max_seqlen + kBlock - 1) / kBlock);
+    const int steps = tiles - (tile_shift < 0 ? -tile_shift : tile_shift);
+    for (; number < steps * p.sequences; number += w.chunks) {
+      go_to(number);
+      if (max(x0, y0) >= seq.tokens) continue;
+      if (const uint64_t bits = attended_bits(p, seq, y0)) return {number, bits};
+    }
+    return {number, 0};
+  }
+
   __device__ __forceinline__ void run(T* shared) {
     int64_t n = blockIdx.x;
     const int column = static_cast<int>(n % kSplits) * kColumns;
@@ -139,50 +175,39 @@ struct TableBlock : Problem<T, D> {
     n /= w.chunks;
     const int diagonal = static_cast<int>(n % w.diagonals);
     head = n / w.diagonals;
-    const int tile_shift = w.low_diagonal + diagonal;
+    tile_shift = w.low_diagonal + diagonal;
     query = shared;
     dout = query + kTileElements;
     key = dout + kTileElements;
     value = key + kTileElements;
-    own_ring.tile = value + kTileElements;
-    other_ring.tile = own_ring.tile + kShifts * D;
-    own_strips = reinterpret_cast<__half*>(other_ring.tile + kShifts * D);
+    rings.own = value + kTileElements;
+    rings.other = rings.own + rings.kElements;
+    own_strips = reinterpret_cast<__half*>(rings.other + rings.kElements);
     other_strips = own_strips + Square::kOwnElements;
 #pragma unroll
     for (int half = 0; half < 2; ++half) own_sums[half].clear(), other_sums[half].clear();
 
-    const Rows rows(p, Side::kQuery);
-    const int first_shift = (tile_shift - 1) * kBlock;
-    if (p.pos_key.data) {
-      own_ring.template load<kShifts>(rows_of<T>(p.pos_key, 0, head), p.pos_key.stride, rows,
-                                      first_shift);
-    }
-    if (p.pos_query.data) {
-      other_ring.template load<kShifts>(rows_of<T>(p.pos_query, 0, head), p.pos_query.stride, rows,
-                                        first_shift);
+    rings.template load<kShifts>(p.pos_key, p.pos_query, head, Rows(p, Side::kQuery),
+                                 (tile_shift - 1) * kBlock);
+    const auto load = [&](T* x_tile, const HeadsView& x, T* y_tile, const HeadsView& y) {
+      this->load_tile(x_tile, x, x0);
+      this->load_tile(y_tile, y, y0);
+    };
+    Step step = find_step(chunk);
+    if (step.bits) {
+      load(query, p.query, key, p.key);
+      load(dout, p.dout, value, p.value);
     }
     ptx::cp_async_commit();
-    const int tiles = static_cast<int>((p.max_seqlen + kBlock - 1) / kBlock);
-    const int steps = tiles - (tile_shift < 0 ? -tile_shift : tile_shift);
 #pragma unroll 1
-    for (int64_t step = chunk; step < steps * p.sequences; step += w.chunks) {
-      this->sequence = step / steps;
-      seq = sequence_bounds(p, this->sequence);
-      const int x0 = (static_cast<int>(step % steps) + max(tile_shift, 0)) * kBlock;
-      const int y0 = x0 - tile_shift * kBlock;
-      if (x0 >= seq.tokens || y0 >= seq.tokens) continue;
-      const uint64_t bits = attended_bits(p, seq, y0);
-      if (!bits) continue;
-      this->load_tile(query, p.query, x0);
-      this->load_tile(dout, p.dout, x0);
-      this->load_tile(key, p.key, y0);
-      this->load_tile(value, p.value, y0);
-      ptx::cp_async_commit();
+    while (step.bits) {
       ptx::cp_async_wait<0>();
-      __syncthreads();
+      __syncthreads();  // Everything is here.
       Accumulator<kBlock / 8> scores[1];
-      score_gradients(scores, x0, y0, bits);
-      __syncthreads();  // All terms have been read.
+      score_gradients(scores, step.bits);
+      __syncthreads();  // All terms have been read, and half of the tiles are free.
+      step = find_step(step.number + w.chunks);
+      if (step.bits) load(dout, p.dout, value, p.value);
       T* const own = reinterpret_cast<T*>(own_strips);
       T* const other = reinterpret_cast<T*>(other_strips);
       const auto put = [](float x, T& place) { place = Pair<T>::one(x); };
@@ -195,6 +220,8 @@ struct TableBlock : Problem<T, D> {
       if (p.pos_key.data) gather<true>(own_sums, own, query, column);
       if (p.pos_query.data) gather<false>(other_sums, other, key, column);
       __syncthreads();  // Everything is free.
+      if (step.bits) load(query, p.query, key, p.key);
+      ptx::cp_async_commit();
     }
     ptx::cp_async_wait<0>();
     const int64_t part = (static_cast<int64_t>(chunk) * w.diagonals + diagonal) * p.heads + head;

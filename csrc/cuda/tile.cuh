@@ -186,40 +186,64 @@ struct RowFragments {
   }
 };
 
+// The kBlockN rows of a tile as operands A, 16 rows each; as operands B they are columns. In
+// registers if kHeld, else fetched from the tile whenever they are asked for.
+template <class T, int D, bool kHeld>
+struct TileFragments {
+  const T* tile;
+  RowFragments<T, D> held[kBlockN / 16];
+
+  __device__ __forceinline__ explicit TileFragments(const T* tile) : tile(tile) {
+#pragma unroll
+    for (int n = 0; kHeld && n < kBlockN / 16; ++n) held[n].load(tile, 16 * n);
+  }
+
+  // Rows 16 n to 16 n + 15, elements 16 k to 16 k + 15.
+  __device__ __forceinline__ void get(uint32_t (&a)[4], int n, int k) const {
+    if constexpr (kHeld) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) a[r] = held[n].of[k].at[r];
+    } else {
+      Tile<T, D>::a(a, tile, 16 * n, 16 * k);
+    }
+  }
+};
+
 // scores += rows * tile^T
-template <class T, int D, int M>
+template <class T, int D, int M, bool kHeld>
 __device__ __forceinline__ void multiply_transposed(Accumulator<kBlockN / 8> (&scores)[M],
                                                     const RowFragments<T, D> (&rows)[M],
-                                                    const T* tile) {
+                                                    const TileFragments<T, D, kHeld>& tile) {
 #pragma unroll
   for (int n = 0; n < kBlockN / 16; ++n) {
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) {
-      uint32_t b[4];
-      Tile<T, D>::b(b, tile, 16 * n, 16 * k);
+      uint32_t y[4];
+      tile.get(y, n, k);
 #pragma unroll
       for (int m = 0; m < M; ++m) {
-        ptx::mma<T>(scores[m].at[2 * n], rows[m].of[k].at, b[0], b[1]);
-        ptx::mma<T>(scores[m].at[2 * n + 1], rows[m].of[k].at, b[2], b[3]);
+        ptx::mma<T>(scores[m].at[2 * n], rows[m].of[k].at, y[0], y[2]);
+        ptx::mma<T>(scores[m].at[2 * n + 1], rows[m].of[k].at, y[1], y[3]);
       }
     }
   }
 }
 
 // The same with 16 rows that lie in shared memory, which takes fewer registers.
-template <class T, int D>
+template <class T, int D, bool kHeld>
 __device__ __forceinline__ void multiply_transposed(Accumulator<kBlockN / 8>& scores, const T* rows,
-                                                    int row, const T* tile) {
+                                                    int row,
+                                                    const TileFragments<T, D, kHeld>& tile) {
 #pragma unroll 1  // loads made ahead would take the registers that this saves
   for (int k = 0; k < D / 16; ++k) {
     uint32_t a[4];
     Tile<T, D>::a(a, rows, row, 16 * k);
 #pragma unroll
     for (int n = 0; n < kBlockN / 16; ++n) {
-      uint32_t b[4];
-      Tile<T, D>::b(b, tile, 16 * n, 16 * k);
-      ptx::mma<T>(scores.at[2 * n], a, b[0], b[1]);
-      ptx::mma<T>(scores.at[2 * n + 1], a, b[2], b[3]);
+      uint32_t y[4];
+      tile.get(y, n, k);
+      ptx::mma<T>(scores.at[2 * n], a, y[0], y[2]);
+      ptx::mma<T>(scores.at[2 * n + 1], a, y[1], y[3]);
     }
   }
 }
