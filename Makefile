@@ -48,8 +48,8 @@ test-simt: $(INSTALLED)  ## the CUDA kernels on the CPU, also under sanitizers a
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m simulated -n auto $(ARGS)
 
 resources: $(INSTALLED)  ## the GPU kernels compiled for every GPU family, against their limits
-	$(BIN)/python -m benchmarks.triton_resources --check $(ARGS)
-	$(BIN)/python -m benchmarks.cuda_resources --check $(ARGS)
+	$(BIN)/python -m benchmarks.triton_resources --check
+	$(BIN)/python -m benchmarks.cuda_resources --check
 
 # A build with the compiler's sanitizers, apart from the installed one, runs the tests of the op.
 test-sanitized: $(INSTALLED)  ## the CPU kernels' tests under ASan and UBSan

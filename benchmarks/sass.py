@@ -264,7 +264,14 @@ def purpose_of(instruction: Instruction) -> str | None:
 
 
 def inner_loops(code: list[Instruction]) -> list[set[int]]:
-    """Innermost loops that do work, each as the positions of its instructions.
+    """Innermost loops that do work, each as the positions of its instructions."""
+    bodies = loops(code)
+    working = [b for b in bodies if not waits([code[i] for i in b])]
+    return sorted((b for b in working if not any(o < b for o in working)), key=min)
+
+
+def loops(code: list[Instruction]) -> list[set[int]]:
+    """All loops, each as the positions of its instructions.
 
     A body is what can reach a backward edge without passing the loop's head: unlike a range of
     addresses, it is right where ptxas moves a wait out of the loop and jumps back from there.
@@ -286,8 +293,7 @@ def inner_loops(code: list[Instruction]) -> list[set[int]]:
             if position not in body:
                 body.add(position)
                 todo += sources[position]
-    working = [b for b in bodies.values() if not waits([code[i] for i in b])]
-    return sorted((b for b in working if not any(o < b for o in working)), key=min)
+    return list(bodies.values())
 
 
 def successors_of(code: list[Instruction], position: int) -> list[int]:
