@@ -13,8 +13,8 @@ ARGS ?=
 export FASTDEBERTA_FORCE_EXT_BUILD ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow test-triton test-simt test-sanitized resources bench lint \
-	format clean
+.PHONY: help env demo test test-slow test-triton test-simt test-mutants test-sanitized resources \
+	bench lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -36,7 +36,7 @@ test: $(INSTALLED)  ## the tests but the slow, the interpreted and the simulated
 	$(BIN)/python -m pytest -q -m "not slow and not interpreted and not simulated" $(ARGS)
 
 test-slow: $(INSTALLED)  ## the slow tests
-	$(BIN)/python -m pytest -q -m slow $(ARGS)
+	$(BIN)/python -m pytest -q -m "slow and not simulated" $(ARGS)
 
 # The interpreter has one thread.
 test-triton: $(INSTALLED)  ## the Triton kernels in Triton's interpreter, on every core: long
@@ -45,7 +45,10 @@ test-triton: $(INSTALLED)  ## the Triton kernels in Triton's interpreter, on eve
 # Built first, so that no two processes do.
 test-simt: $(INSTALLED)  ## the CUDA kernels on the CPU, also under sanitizers and valgrind
 	$(BIN)/python tests/simulated.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m simulated -n auto $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "simulated and not slow" -n auto $(ARGS)
+
+test-mutants: $(INSTALLED)  ## bugs put into the CUDA kernels, each of which some test must notice
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "simulated and slow" -n auto $(ARGS)
 
 resources: $(INSTALLED)  ## the GPU kernels compiled for every GPU family, against their limits
 	$(BIN)/python -m benchmarks.triton_resources --check

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from simt.toolchain import BUILD, SOURCES, TOOLS, build, compile_once, cuda_home, run
 
+pytestmark = pytest.mark.simulated
+
 ORDERS = ["forward", "reverse", "random:1"]
 PRIMITIVES = re.findall(r'^ +{"(\w+)", test_', (SOURCES / "primitives.cpp").read_text(), re.M)
 
