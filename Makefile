@@ -44,7 +44,7 @@ test-triton: $(INSTALLED)  ## the Triton kernels in Triton's interpreter, on eve
 
 # Built first, so that no two processes do.
 test-simt: $(INSTALLED)  ## the CUDA kernels on the CPU, also under sanitizers and valgrind
-	$(BIN)/python tests/simulated.py
+	PYTHONPATH=. $(BIN)/python tests/simulated.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "simulated and not slow" -n auto $(ARGS)
 
 test-mutants: $(INSTALLED)  ## bugs put into the CUDA kernels, each of which some test must notice

@@ -6,14 +6,13 @@ call.forward, call.forward_memory(), call.forward_cache()
 """
 
 import os
-import re
-import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from .cases import RULE
 from .cuda_cost import BLOCK_N
+from .toolkit import find_toolkit
 
 ROOT = Path(__file__).parent.parent
 HEAD_DIMS = (32, 64, 96, 128)
@@ -132,16 +131,8 @@ class Call:
 
 
 def find_cuda() -> Path | None:
-    """Where the toolkit is, if there is one: nvcc may be a wrapper script that lies elsewhere."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if not home and shutil.which("nvcc"):
-        command = ["nvcc", "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull]
-        steps = subprocess.run(command, capture_output=True, text=True).stderr
-        if top := re.search(r"^#\$ TOP=(.+)$", steps, re.M):
-            home = top[1].strip()
-    if not home or not (Path(home) / "bin/nvcc").exists():
-        return None
-    return Path(home).resolve()
+    """The toolkit that has a compiler."""
+    return find_toolkit("bin/nvcc")
 
 
 def cuda_home() -> Path:

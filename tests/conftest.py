@@ -1,11 +1,15 @@
 """Every test starts from the same random state, and says why it is skipped."""
 
 import os
+import sys
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
+
+# Tests of benchmarks/ find it however pytest was started; an installed fastdeberta goes first.
+sys.path.append(os.path.dirname(os.path.dirname(__file__)))
 
 if not torch.cuda.is_available():
     # Triton reads it when it is imported, which importing a backend does.

@@ -399,3 +399,11 @@ def test_cuda_sources_compile_as_an_install_compiles_them(load, tmp_path, monkey
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout
     assert "warning" not in done.stdout, done.stdout
+
+
+def test_pytest_by_itself_collects_the_gpu_tests():
+    """As the README has it: `python -m pytest` also looks into the current folder, `pytest` not."""
+    command = [Path(sys.executable).with_name("pytest"), "--collect-only", "-q", "-m", "gpu"]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

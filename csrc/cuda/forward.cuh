@@ -16,8 +16,8 @@ struct Forward {
   using Shape = BandShape<kTiles>;
   static constexpr int kBlockM = Shape::kBlockM;
   static constexpr bool kHeld = D <= 64;  // keys of wide heads do not fit the registers
-  static constexpr bool kDropout =
-      kTiles == 1;  // the generator's registers are not to be had twice
+  // There are no registers for dropout's generator beside 32 rows a warp.
+  static constexpr bool kDropout = kTiles == 1;
   static constexpr int kTileElements = kBlockN * D;
   static constexpr int kBandElements =
       2 * Shape::kRing * D + Shape::kOwnElements + Shape::kOtherElements;

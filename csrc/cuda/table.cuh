@@ -105,9 +105,9 @@ struct TableBlock : Problem<T, D> {
         if (block < 0 || block >= Square::kOwnBlocks) continue;
         uint32_t a[4];
         if constexpr (kOwn) {
-          const T* const rows = strips + strip * Square::kOwnStrip;
+          const T* const own = strips + strip * Square::kOwnStrip;
           const int shift = 16 * block + lane % 16;
-          ptx::ldmatrix_x4(a, rows + shift * Square::kOwnPitch + lane / 16 * 8);
+          ptx::ldmatrix_x4(a, own + shift * Square::kOwnPitch + lane / 16 * 8);
         } else {
           const int row = 16 * strip + lane % 8 + lane / 16 * 8;
           const int shift = 16 * block + lane / 8 % 2 * 8;
@@ -146,21 +146,15 @@ struct TableBlock : Problem<T, D> {
     uint64_t bits;  // keys that are attended to; none: the diagonal is done
   };
 
-  __device__ __forceinline__ void go_to(int number) {
-    const int tiles = static_cast<int>((p.max_seqlen + kBlock - 1) / kBlock);
-    const int steps = tiles - (tile_shift < 0 ? -tile_shift : tile_shift);
-    this->sequence = number / steps;
-    seq = sequence_bounds(p, this->sequence);
-    x0 = (number % steps + max(tile_shift, 0)) * kBlock;
-    y0 = x0 - tile_shift * kBlock;
-  }
-
   // The first step from `number` on that has something to add. Its place is then the block's.
   __device__ __forceinline__ Step find_step(int number) {
     const int tiles = static_cast<int>((p.max_seqlen + kBlock - 1) / kBlock);
     const int steps = tiles - (tile_shift < 0 ? -tile_shift : tile_shift);
     for (; number < steps * p.sequences; number += w.chunks) {
-      go_to(number);
+      this->sequence = number / steps;
+      seq = sequence_bounds(p, this->sequence);
+      x0 = (number % steps + max(tile_shift, 0)) * kBlock;
+      y0 = x0 - tile_shift * kBlock;
       if (max(x0, y0) >= seq.tokens) continue;
       if (const uint64_t bits = attended_bits(p, seq, y0)) return {number, bits};
     }

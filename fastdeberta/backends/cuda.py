@@ -1,7 +1,8 @@
 """The compiled CUDA C++ kernels (csrc/cuda): float16 and bfloat16, head dims 32, 64, 96 and 128.
 
-Position scores stay on chip, so that a call moves no more through the GPU's memory than its tensors
-and its tables. For NVIDIA GPUs from sm_80 on.
+Position scores stay on chip: by count, a forward pass moves its tensors and its tables through the
+GPU's memory and nothing else. For NVIDIA GPUs from sm_80 on. Tests run the kernels on the CPU
+(csrc/simt) and compile them for sm_80 and sm_90; no GPU has run them yet.
 """
 
 import torch

@@ -4,13 +4,14 @@ import fcntl
 import functools
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+from benchmarks.toolkit import find_toolkit
 
 ROOT = Path(__file__).parent.parent.parent
 CSRC = ROOT / "csrc"
@@ -51,16 +52,8 @@ TOOLS: dict[str, tuple[list[str], list[str], str | None]] = {
 
 @functools.cache
 def cuda_home() -> Path | None:
-    """Where CUDA's headers are: nvcc itself may be a wrapper script that lies elsewhere."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    if shutil.which("nvcc"):
-        command = ["nvcc", "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull]
-        steps = subprocess.run(command, capture_output=True, text=True).stderr
-        homes += re.findall(r"^#\$ TOP=(.+)$", steps, re.M)
-    for home in filter(None, [*homes, "/usr/local/cuda"]):
-        if (Path(home.strip()) / "include/cuda_fp16.h").exists():
-            return Path(home.strip()).resolve()
-    return None
+    """The toolkit that has CUDA's headers; no compiler is needed."""
+    return find_toolkit("include/cuda_fp16.h", "/usr/local/cuda")
 
 
 def require(tool: str) -> None:
