@@ -100,6 +100,7 @@ class DisentangledAttention(nn.Module):
         *,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of `hidden_states` (or `query_states`) over `hidden_states`.
 
@@ -115,7 +116,7 @@ class DisentangledAttention(nn.Module):
                 distances without building them. None means none for v1 and the built-in ones for
                 v2/v3, as in transformers.
             rel_embeddings: [2 * span, hidden], the table.
-            cu_seqlens, max_seqlen: see `disentangled_attention`.
+            cu_seqlens, max_seqlen, causal: see `disentangled_attention`.
 
         Returns:
             (context, None) or (context, probabilities [B, H, Lq, L]); context has the shape of
@@ -152,6 +153,7 @@ class DisentangledAttention(nn.Module):
                 key_mask=key_mask,
                 cu_seqlens=cu_seqlens,
                 max_seqlen=max_seqlen,
+                causal=causal,
                 dropout_p=dropout_p,
                 softmax_scale=self.softmax_scale,
                 padded_rows=self.padded_rows,
@@ -162,6 +164,10 @@ class DisentangledAttention(nn.Module):
         rows = None
         if pos_key is not None or pos_query is not None:
             rows = self._rows(relative_pos, query.size(1), key.size(1), query.device)
+        mask = _pairwise(attention_mask, query.size(1))
+        if causal:
+            past = _distances(query.size(1), query.device) >= 0
+            mask = past if mask is None else mask & past
         context, probs = composed_attention(
             query,
             key,
@@ -169,7 +175,7 @@ class DisentangledAttention(nn.Module):
             pos_key,
             pos_query,
             rows=rows,
-            mask=_pairwise(attention_mask, query.size(1)),
+            mask=mask,
             softmax_scale=self.softmax_scale,
             dropout_p=dropout_p,
             padded_rows=self.padded_rows,

@@ -14,7 +14,7 @@ from fastdeberta.backends import MODULES
 PACKAGE = "fastdeberta"
 SOURCE = Path(fastdeberta.__file__).parent
 
-LEAVES = {"datasets", "dropout", "files", "libraries", "relative_position", "timing"}
+LEAVES = {"datasets", "dropout", "files", "libraries", "packing", "relative_position", "timing"}
 
 # Which parts of the package each part may import. A part is a module or folder of the package.
 MAY_IMPORT = dict.fromkeys(LEAVES, set[str]()) | {
@@ -24,7 +24,7 @@ MAY_IMPORT = dict.fromkeys(LEAVES, set[str]()) | {
     "attention": {"op", "relative_position"},
     "inference": {"attention", "op", "relative_position"},
     "integrations": {"attention", "backends", "inference", "op", "relative_position"},
-    "models": {"attention", "files", "inference", "op", "relative_position"},
+    "models": {"attention", "files", "inference", "op", "packing", "relative_position"},
     "training": {"attention", "files", "models"},
     "pretraining": {"datasets", "files", "models", "tokenizer", "training"},
     "finetuning": {"files", "models", "tokenizer", "training"},

@@ -2,6 +2,7 @@
 
 from .checkpoint import from_pretrained
 from .config import Config
-from .model import Model, ModelOutput
+from .heads import ModelOutput
+from .model import Model
 
 __all__ = ["Config", "Model", "ModelOutput", "from_pretrained"]

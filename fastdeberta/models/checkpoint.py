@@ -14,7 +14,8 @@ from torch import Tensor
 from ..files import atomic_directory, write_atomically
 from . import deberta, electra
 from .config import Config
-from .model import HEADS, Model
+from .heads import HEADS
+from .model import Model
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

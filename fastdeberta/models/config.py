@@ -7,10 +7,19 @@ from typing import Any
 
 from ..files import write_atomically
 
-MODEL_TYPES = ("deberta-v2", "electra")
+MODEL_TYPES = ("deberta", "deberta-v2", "electra")
+
+SPAN_HEADS = ("linear", "beam")
 
 # Where a family's checkpoints, which omit defaults, mean something else than this class does.
 _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "deberta": {
+        "vocab_size": 50265,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+    },
     "deberta-v2": {},
     "electra": {
         "vocab_size": 30522,
@@ -27,13 +36,14 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Config:
-    """Shape and settings of one DeBERTa-v2/v3 or ELECTRA encoder and its head.
+    """Shape and settings of one DeBERTa (v1, v2, v3) or ELECTRA encoder and its head.
 
-    Fields mean what they mean in transformers' DebertaV2Config and ElectraConfig. Keys this class
-    does not know stay in `extra` and are written back by `save`.
+    Fields mean what they mean in transformers' DebertaConfig, DebertaV2Config and ElectraConfig;
+    emd and emd_passes, sequence_head and the span_* fields are this package's. Keys this class does
+    not know stay in `extra` and are written back by `save`.
 
     Raises:
-        ValueError: an unknown model_type, or sizes that do not fit together.
+        ValueError: an unknown model_type or kind of head, or sizes that do not fit together.
     """
 
     model_type: str = "deberta-v2"
@@ -57,6 +67,7 @@ class Config:
     position_buckets: int = -1  # below 1: linear positions
     pos_att_type: list[str] = field(default_factory=list)
     share_att_key: bool = False
+    talking_head: bool = False  # v1 only
     norm_rel_ebd: str = "none"
     conv_kernel_size: int = 0  # 0: no convolution
     conv_groups: int = 1
@@ -65,7 +76,15 @@ class Config:
     pooler_hidden_act: str = "gelu"
     cls_dropout: float | None = None  # None: hidden_dropout_prob
     classifier_dropout: float | None = None  # ELECTRA; None: hidden_dropout_prob
+    summary_activation: str = "gelu"  # ELECTRA's choice head
+    summary_last_dropout: float = 0.1
     legacy: bool = True  # DeBERTa's MLM head: cls.predictions (True) or lm_predictions
+    emd: bool | None = None  # enhanced mask decoder below the MLM head; None: as the checkpoint
+    emd_passes: int = 2
+    is_decoder: bool = False  # causal attention in every layer
+    sequence_head: str = "pooled"  # "linear": Google's ELECTRA, no dense layer
+    span_head: str = "linear"  # "beam": XLNet's, ends conditioned on starts, and answerability
+    span_beam_size: int = 20
     id2label: dict[int, str] = field(default_factory=lambda: {0: "LABEL_0", 1: "LABEL_1"})
     problem_type: str | None = None
     extra: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -75,6 +94,11 @@ class Config:
             raise ValueError(
                 f"model_type must be one of {', '.join(MODEL_TYPES)}; got {self.model_type!r}"
             )
+        for name, kinds in (("sequence_head", ("pooled", "linear")), ("span_head", SPAN_HEADS)):
+            if getattr(self, name) not in kinds:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(kinds)}; got {getattr(self, name)!r}"
+                )
         if isinstance(self.pos_att_type, str):
             self.pos_att_type = self.pos_att_type.split("|")
         self.pos_att_type = [term.strip() for term in self.pos_att_type if term.strip()]
@@ -85,6 +109,16 @@ class Config:
                 f"hidden_size must be a multiple of num_attention_heads "
                 f"({self.num_attention_heads}), got {self.hidden_size}"
             )
+        if self.conv_kernel_size > 0 and self.conv_kernel_size % 2 == 0:
+            raise ValueError(f"conv_kernel_size must be odd, got {self.conv_kernel_size}")
+        if self.emd and (self.num_hidden_layers < 2 or self.emd_passes < 1):
+            raise ValueError(
+                "emd needs num_hidden_layers >= 2 and emd_passes >= 1, got "
+                f"{self.num_hidden_layers} and {self.emd_passes}"
+            )
+        positions = self.extra.get("position_embedding_type", "absolute")
+        if positions != "absolute":
+            raise ValueError(f"position_embedding_type must be 'absolute', got {positions!r}")
 
     @property
     def num_labels(self) -> int:

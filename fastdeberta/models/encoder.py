@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..attention import DisentangledAttention
 from ..inference import Inference
+from ..packing import Packing, PaddedStates, positions, sequence_of
 from ..relative_position import RelativePosition
 from .config import Config
 
@@ -34,17 +36,20 @@ class Embeddings(nn.Module):
     """Token, position and type embeddings, projected to the hidden size and normalised.
 
     DeBERTa projects (without bias), then normalises and zeroes padding; ELECTRA normalises, then
-    projects (with bias).
+    projects (with bias). With an enhanced mask decoder the position table is the decoder's, and is
+    added here only if position_biased_input.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         size, hidden = config.embedding_size or config.hidden_size, config.hidden_size
+        self.config = config
         self.is_electra = config.model_type == "electra"
         self.word_embeddings = nn.Embedding(config.vocab_size, size, config.pad_token_id)
         self.position_embeddings: nn.Embedding | None = None
         self.token_type_embeddings: nn.Embedding | None = None
-        if self.is_electra or config.position_biased_input:
+        self.position_biased_input = self.is_electra or config.position_biased_input
+        if self.position_biased_input or config.emd:
             self.position_embeddings = nn.Embedding(config.max_position_embeddings, size)
         if config.type_vocab_size > 0:
             self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size)
@@ -67,8 +72,8 @@ class Embeddings(nn.Module):
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
         x = inputs_embeds
-        if self.position_embeddings is not None:
-            x = x + self.position_embeddings(self._positions(x, position_ids))
+        if self.position_biased_input:
+            x = x + self.positions(x, position_ids)
         if self.token_type_embeddings is not None:
             if token_type_ids is None:
                 x = x + self.token_type_embeddings.weight[0]
@@ -86,18 +91,24 @@ class Embeddings(nn.Module):
             x = x * mask.unsqueeze(-1).to(x.dtype)
         return self.dropout(x)
 
-    def _positions(self, x: Tensor, position_ids: Tensor | None) -> Tensor:
+    def positions(self, x: Tensor, position_ids: Tensor | None) -> Tensor:
+        """Position embeddings [..., L, embedding_size] for x [..., L, any]."""
         assert self.position_embeddings is not None
         length, limit = x.size(-2), self.position_embeddings.num_embeddings
         if position_ids is not None:
             _check_range("position_ids", position_ids, "max_position_embeddings", limit)
-            return position_ids
+            return self.position_embeddings(position_ids)
+        self.check_length(length)
+        return self.position_embeddings.weight[:length]
+
+    def check_length(self, length: int) -> None:
+        """Raises ValueError where the position table is too short."""
+        limit = self.config.max_position_embeddings
         if length > limit:
             raise ValueError(
                 f"input_ids may hold at most max_position_embeddings = {limit} tokens a sequence, "
                 f"got {length}"
             )
-        return torch.arange(length, device=x.device)
 
 
 class Output(nn.Module):
@@ -144,12 +155,14 @@ class Layer(nn.Module):
         self.intermediate = Intermediate(config)
         self.output = Output(config.intermediate_size, config)
 
-    def forward(self, x: Tensor, query: Tensor | None = None, **attention) -> Tensor:
-        """[..., L, hidden] -> the same. query: another source of queries, which is also the
-        residual (enhanced mask decoder)."""
-        context, _ = self.attention.self(x, query_states=query, **attention)
+    def forward(
+        self, x: Tensor, query: Tensor | None = None, **attention
+    ) -> tuple[Tensor, Tensor | None]:
+        """[..., L, hidden] -> the same, and the attention's probabilities if asked for. query:
+        another source of queries, which is also the residual (enhanced mask decoder)."""
+        context, probs = self.attention.self(x, query_states=query, **attention)
         x = self.attention.output(context, x if query is None else query)
-        return self.output(self.intermediate(x), x)
+        return self.output(self.intermediate(x), x), probs
 
 
 class Convolution(nn.Module):
@@ -165,13 +178,25 @@ class Convolution(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.act = activation(config.conv_act)
 
-    def forward(self, x: Tensor, residual: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, L, hidden]; mask [B, L] or None."""
-        out = self.conv(x.transpose(1, 2)).transpose(1, 2)
+    def forward(
+        self, x: Tensor, residual: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        """[B, L, hidden] and mask [B, L] or None; or packed [T, hidden], [T] with cu_seqlens."""
+        out = self._convolve(x, cu_seqlens)
         if mask is not None:
             out = out.masked_fill(~mask.bool().unsqueeze(-1), 0)
         out = self.LayerNorm(residual + self.act(self.dropout(out)))
         return out if mask is None else out * mask.unsqueeze(-1).to(out.dtype)
+
+    def _convolve(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        if cu_seqlens is None:
+            return self.conv(x.transpose(1, 2)).transpose(1, 2)
+        # One long row, in which as many zeros as the kernel reaches stand between two sequences.
+        gap = (self.conv.kernel_size[0] - 1) // 2
+        total, count = x.size(0), cu_seqlens.size(0) - 1
+        place = torch.arange(total, device=x.device) + gap * sequence_of(cu_seqlens, total)
+        row = x.new_zeros(total + gap * count, x.size(1)).index_copy(0, place, x)
+        return self.conv(row.t().unsqueeze(0)).squeeze(0).t().index_select(0, place)
 
 
 class Encoder(nn.Module):
@@ -189,7 +214,7 @@ class Encoder(nn.Module):
             self.relative_position = RelativePosition.from_config(config)
             self.rel_embeddings = nn.Embedding(2 * self.relative_position.span, config.hidden_size)
         self.LayerNorm: nn.LayerNorm | None = None
-        if "layer_norm" in config.norm_rel_ebd.lower():
+        if config.model_type != "deberta" and "layer_norm" in config.norm_rel_ebd.lower():
             self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.conv = Convolution(config) if config.conv_kernel_size > 0 else None
         self.inference: Inference | None = Inference()
@@ -207,40 +232,74 @@ class Encoder(nn.Module):
         mask: Tensor | None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        causal: bool = False,
+        num_layers: int | None = None,
+        attentions: list[Tensor] | None = None,
     ) -> Sequence[Tensor]:
-        """The embeddings and every layer's output, each like x."""
-        if self.conv is not None and cu_seqlens is not None:
-            raise ValueError("cu_seqlens: a model with a convolution takes padded batches only")
-        if self.inference is not None:
+        """The embeddings and every layer's output, each like x.
+
+        Args:
+            num_layers: run at least so many layers; None: all.
+            attentions: gets every layer's probabilities [B, H, L, L].
+        """
+        if causal and self.conv is not None:
+            raise ValueError("causal: a convolution shows every token the next one")
+        plain = not causal and attentions is None and (self.conv is None or cu_seqlens is None)
+        if self.inference is not None and plain:
             inferred = self.inference.run(
                 self, self.relative_table, x, mask, cu_seqlens, max_seqlen
             )
             if inferred is not None:
                 return inferred
-        attention = {
+        attention = self.attention_arguments(mask, cu_seqlens, max_seqlen, causal)
+        states = [x]
+        for i, layer in enumerate(self.layer[:num_layers]):
+            x, probs = layer(x, output_attentions=attentions is not None, **attention)
+            if i == 0 and self.conv is not None:
+                x = self.conv(states[0], x, mask, cu_seqlens)
+            states.append(x)
+            if attentions is not None and probs is not None:
+                attentions.append(probs)
+        return states
+
+    def attention_arguments(
+        self,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+        causal: bool = False,
+    ) -> dict[str, Any]:
+        """What every layer's attention is given beside its input."""
+        return {
             "attention_mask": mask,
             "relative_pos": self.relative_position,
             "rel_embeddings": self.relative_table(),
             "cu_seqlens": cu_seqlens,
             "max_seqlen": max_seqlen,
+            "causal": causal,
         }
-        states = [x]
-        for i, layer in enumerate(self.layer):
-            x = layer(x, **attention)
-            if i == 0 and self.conv is not None:
-                x = self.conv(states[0], x, mask)
-            states.append(x)
-        return states
 
 
 class Backbone(nn.Module):
-    """Embeddings and encoder: a model without its head."""
+    """Embeddings, encoder and, where the config asks for it, the enhanced mask decoder.
+
+    The decoder runs the last layer, with its own weights, emd_passes times: keys and values are
+    the second-to-last layer's output, the first queries that output plus absolute position
+    embeddings, every further pass's queries the output of the one before.
+
+    Attributes:
+        unpad: leave padding out of padded batches before the embeddings and put zeros in its place
+            at the end. Not in compiled code, where shapes must not depend on values.
+
+    Source: DeBERTa, section 3.2; microsoft/DeBERTa's masked language model.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
+        self.unpad = True
 
     def forward(
         self,
@@ -251,8 +310,13 @@ class Backbone(nn.Module):
         inputs_embeds: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        causal: bool | None = None,
+        attentions: list[Tensor] | None = None,
     ) -> Sequence[Tensor]:
         """Embeddings and every layer's output, [B, L, hidden] or packed [T, hidden].
+
+        The last of them is the mask decoder's, if there is one. causal: None: as the config says.
+        attentions: gets every layer's probabilities, [B, H, L, L].
 
         Raises:
             ValueError: no input or two, ids outside the vocabulary, too long a sequence.
@@ -261,10 +325,56 @@ class Backbone(nn.Module):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if input_ids is not None:
             _check_range("input_ids", input_ids, "vocab_size", self.config.vocab_size)
-        if cu_seqlens is not None and position_ids is None:
-            position_ids = _packed_positions(cu_seqlens)
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        assert given is not None
+        tokens = given.shape[: 2 if cu_seqlens is None else 1]
+        if attention_mask is not None and attention_mask.shape != tokens:
+            raise ValueError(
+                f"attention_mask must have one value a token, {list(tokens)}, "
+                f"got {list(attention_mask.shape)}"
+            )
+        causal = self.config.is_decoder if causal is None else causal
+        packing = None
+        if self.unpad and cu_seqlens is None and attentions is None and not _traced():
+            packing = Packing.of(attention_mask)
+        if packing is not None:
+            length = packing.shape[1]
+            if position_ids is None and self.embeddings.position_embeddings is not None:
+                self.embeddings.check_length(length)
+                position_ids = torch.arange(length, device=packing.kept.device)[None]
+            input_ids, token_type_ids, position_ids, inputs_embeds = (
+                None if x is None else packing.pack(x if x.dim() > 1 else x[None])
+                for x in (input_ids, token_type_ids, position_ids, inputs_embeds)
+            )
+            attention_mask = packing.key_mask
+            cu_seqlens, max_seqlen = packing.cu_seqlens, packing.max_seqlen
+        elif cu_seqlens is not None and position_ids is None:
+            position_ids = positions(cu_seqlens, given.size(0))
         x = self.embeddings(input_ids, token_type_ids, position_ids, attention_mask, inputs_embeds)
-        return self.encoder(x, attention_mask, cu_seqlens, max_seqlen)
+        arguments = (attention_mask, cu_seqlens, max_seqlen, causal)
+        if self.config.emd:
+            depth = self.config.num_hidden_layers - 1
+            states = self.encoder(x, *arguments, num_layers=depth, attentions=attentions)
+            decoded = self._decode(states[depth], position_ids, *arguments)
+            states = [*states[: depth + 1], decoded]
+        else:
+            states = self.encoder(x, *arguments, attentions=attentions)
+        return states if packing is None else PaddedStates(states, packing)
+
+    def _decode(self, x: Tensor, position_ids: Tensor | None, *arguments: Any) -> Tensor:
+        """The enhanced mask decoder: the second-to-last layer's output -> the same shape."""
+        added = self.embeddings.positions(x, position_ids)
+        if self.embeddings.embed_proj is not None:
+            added = self.embeddings.embed_proj(added)
+        query = x + added
+        attention = self.encoder.attention_arguments(*arguments)
+        for _ in range(self.config.emd_passes):
+            query, _ = self.encoder.layer[-1](x, query, **attention)
+        return query
+
+
+def _traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _check_range(name: str, ids: Tensor, field: str, limit: int) -> None:
@@ -274,12 +384,6 @@ def _check_range(name: str, ids: Tensor, field: str, limit: int) -> None:
     low, high = torch.aminmax(ids)
     if low < 0 or high >= limit:
         raise ValueError(f"{name} must be in [0, {field} = {limit}), got {int(low)} to {int(high)}")
-
-
-def _packed_positions(cu_seqlens: Tensor) -> Tensor:
-    """Each packed token's position within its sequence."""
-    starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
-    return torch.arange(starts.size(0), device=starts.device) - starts
 
 
 def initialize(module: nn.Module, std: float) -> None:

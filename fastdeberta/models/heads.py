@@ -1,13 +1,91 @@
-"""Heads: hidden states [..., L, hidden] -> logits. Parameter names end as checkpoints' do."""
+"""Heads: an encoded batch -> logits and loss. Parameter names end as checkpoints' do.
+
+HEADS is the registry: a name that users type -> the class for a config's family.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
+from ..packing import sequence_of
 from .config import Config
 from .encoder import activation
 
 
-class MaskedLMHead(nn.Module):
+@dataclass
+class ModelOutput:
+    """What a model returns; None where it does not apply.
+
+    last_hidden_state: [B, L, hidden] or packed [T, hidden]; rows of padding are zeros where the
+        model left padding out, and hold no meaning elsewhere. With an enhanced mask decoder: its
+        output.
+    logits: mlm, causal [B, L, vocab]; rtd [B, L]; sequence [B, num_labels]; token [B, L,
+        num_labels]; choice [B, C].
+    loss: scalar, when labels were given.
+    hidden_states: embeddings and every layer's output, when asked for.
+    attentions: every layer's probabilities [B, H, L, L], when asked for.
+    start_logits, end_logits: span [B, L].
+    """
+
+    last_hidden_state: Tensor
+    logits: Tensor | None = None
+    loss: Tensor | None = None
+    hidden_states: list[Tensor] | None = None
+    attentions: list[Tensor] | None = None
+    start_logits: Tensor | None = None
+    end_logits: Tensor | None = None
+
+
+@dataclass
+class Encoded:
+    """What a head reads: a batch after the encoder.
+
+    hidden: [B, L, hidden] or packed [T, hidden]. mask: [B, L], [T] or None. table: the token
+    embeddings [vocab, embedding_size]. choices: rows of one question follow one another, so many.
+    """
+
+    hidden: Tensor
+    table: Tensor
+    mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    choices: int | None = None
+
+    @property
+    def first(self) -> Tensor:
+        """Each sequence's first token, [B, hidden]."""
+        if self.cu_seqlens is None:
+            return self.hidden[:, 0]
+        return self.hidden[self.cu_seqlens[:-1].long()]
+
+    @property
+    def first_of_each(self) -> Tensor:
+        """For each token its sequence's first, broadcastable to hidden."""
+        if self.cu_seqlens is None:
+            return self.hidden[:, :1]
+        return self.first[sequence_of(self.cu_seqlens, self.hidden.size(0))]
+
+
+@dataclass
+class Targets:
+    """What a head is trained towards; see Model.forward."""
+
+    labels: Tensor | None = None
+    start_positions: Tensor | None = None
+    end_positions: Tensor | None = None
+    is_impossible: Tensor | None = None
+
+
+class Head(nn.Module):
+    """One task's output layers; `fill` writes its logits, and given targets its loss."""
+
+    def fill(self, output: ModelOutput, encoded: Encoded, targets: Targets) -> None:
+        raise NotImplementedError
+
+
+class MaskedLMHead(Head):
     """Transform, then the product with the token table, which is the head's output matrix."""
 
     def __init__(self, config: Config):
@@ -24,8 +102,29 @@ class MaskedLMHead(nn.Module):
         x = self.LayerNorm(self.act(self.dense(hidden)))
         return nn.functional.linear(x, word_embeddings, self.bias)
 
+    def fill(self, output: ModelOutput, encoded: Encoded, targets: Targets) -> None:
+        output.logits = self(encoded.hidden, encoded.table)
+        if targets.labels is not None:
+            logits = output.logits.float().flatten(0, -2)
+            output.loss = cross_entropy(logits, targets.labels.flatten())
 
-class ReplacedTokenHead(nn.Module):
+
+class CausalLMHead(MaskedLMHead):
+    """The masked language model's head, each token's logits for the one that follows it."""
+
+    def fill(self, output: ModelOutput, encoded: Encoded, targets: Targets) -> None:
+        output.logits = self(encoded.hidden, encoded.table)
+        if targets.labels is None:
+            return
+        labels = targets.labels.roll(-1, -1)
+        last: Tensor | slice = slice(-1, None)  # Nothing follows a sequence's last token.
+        if encoded.cu_seqlens is not None:
+            last = encoded.cu_seqlens[1:].long() - 1
+        labels[..., last] = -100
+        output.loss = cross_entropy(output.logits.float().flatten(0, -2), labels.flatten())
+
+
+class ReplacedTokenHead(Head):
     """One logit a token: was it replaced?
 
     ELECTRA: dense -> act -> linear. DeBERTaV3 first normalises the token's state plus the first
@@ -42,10 +141,17 @@ class ReplacedTokenHead(nn.Module):
         self.classifier = nn.Linear(hidden, 1)
         self.act = activation(config.hidden_act)
 
-    def forward(self, hidden: Tensor, first: Tensor) -> Tensor:
-        """[..., L, hidden] and the first token's state broadcast to it -> [..., L]."""
-        x = hidden if self.LayerNorm is None else self.LayerNorm(hidden + first)
-        return self.classifier(self.act(self.dense(x))).squeeze(-1)
+    def fill(self, output: ModelOutput, encoded: Encoded, targets: Targets) -> None:
+        x = encoded.hidden
+        if self.LayerNorm is not None:
+            x = self.LayerNorm(x + encoded.first_of_each)
+        logits = output.logits = self.classifier(self.act(self.dense(x))).squeeze(-1)
+        if targets.labels is not None:
+            labels = targets.labels
+            if encoded.mask is not None:
+                scored = encoded.mask.bool()
+                logits, labels = logits[scored], labels[scored]
+            output.loss = binary_cross_entropy_with_logits(logits.float(), labels.float())
 
 
 class Pooler(nn.Module):
@@ -61,11 +167,12 @@ class Pooler(nn.Module):
         return self.act(self.dense(self.dropout(first)))
 
 
-class SequenceHead(nn.Module):
+class SequenceHead(Head):
     """Class (or regression) logits from the first token, as in DeBERTa's checkpoints."""
 
     def __init__(self, config: Config):
         super().__init__()
+        self.config = config
         self.pooler = Pooler(config)
         rate = config.hidden_dropout_prob if config.cls_dropout is None else config.cls_dropout
         self.dropout = nn.Dropout(rate)
@@ -75,14 +182,19 @@ class SequenceHead(nn.Module):
         """[B, hidden] -> [B, num_labels]."""
         return self.classifier(self.dropout(self.pooler(first)))
 
+    def fill(self, output: ModelOutput, encoded: Encoded, targets: Targets) -> None:
+        output.logits = self(encoded.first)
+        if targets.labels is not None:
+            output.loss = _classification_loss(output.logits, targets.labels, self.config)
 
-class ElectraSequenceHead(nn.Module):
+
+class ElectraSequenceHead(SequenceHead):
     """Class (or regression) logits from the first token, as transformers' ELECTRA has them."""
 
     def __init__(self, config: Config):
-        super().__init__()
-        rate = config.classifier_dropout
-        self.dropout = nn.Dropout(config.hidden_dropout_prob if rate is None else rate)
+        Head.__init__(self)
+        self.config = config
+        self.dropout = nn.Dropout(_electra_dropout(config))
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
 
@@ -90,3 +202,140 @@ class ElectraSequenceHead(nn.Module):
         """[B, hidden] -> [B, num_labels]."""
         x = nn.functional.gelu(self.dense(self.dropout(first)))
         return self.out_proj(self.dropout(x))
+
+
+class LinearSequenceHead(SequenceHead):
+    """Dropout and one linear layer on the first token, as Google's ELECTRA has them."""
+
+    def __init__(self, config: Config):
+        Head.__init__(self)
+        self.config = config
+        self.dropout = nn.Dropout(_electra_dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(self, first: Tensor) -> Tensor:
+        """[B, hidden] -> [B, num_labels]."""
+        return self.classifier(self.dropout(first))
+
+
+class TokenHead(Head):
+    """Class logits of every token; labels of -100 are not scored."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.dropout = nn.Dropout(_electra_dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+
+    def fill(self, output: ModelOutput, encoded: Encoded, targets: Targets) -> None:
+        logits = output.logits = self.classifier(self.dropout(encoded.hidden))
+        if targets.labels is not None:
+            output.loss = cross_entropy(logits.float().flatten(0, -2), targets.labels.flatten())
+
+
+class ChoiceHead(Head):
+    """One logit an option, from its first token; the loss is over a question's options."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.pooler = Pooler(config)
+        rate = config.hidden_dropout_prob if config.cls_dropout is None else config.cls_dropout
+        self.dropout = nn.Dropout(rate)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+
+    def forward(self, first: Tensor) -> Tensor:
+        """[B * C, hidden] -> [B * C, 1]."""
+        return self.classifier(self.dropout(self.pooler(first)))
+
+    def fill(self, output: ModelOutput, encoded: Encoded, targets: Targets) -> None:
+        choices = encoded.choices
+        if choices is None:
+            raise ValueError(
+                "num_choices must be given with cu_seqlens: rows of one question follow one another"
+            )
+        output.logits = self(encoded.first).view(-1, choices)
+        if targets.labels is not None:
+            output.loss = cross_entropy(output.logits.float(), targets.labels)
+
+
+class ElectraChoiceHead(ChoiceHead):
+    """As transformers' ELECTRA has it: dense, activation, dropout, linear."""
+
+    def __init__(self, config: Config):
+        Head.__init__(self)
+        kind = config.extra.get("summary_type", "first")
+        if kind != "first" or not config.extra.get("summary_use_proj", True):
+            raise ValueError(
+                f"summary_type must be 'first', with a projection, for a choice head; got {kind!r}"
+            )
+        self.summary = nn.Linear(config.hidden_size, config.hidden_size)
+        self.act = activation(config.summary_activation)
+        self.dropout = nn.Dropout(config.summary_last_dropout)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+
+    def forward(self, first: Tensor) -> Tensor:
+        """[B * C, hidden] -> [B * C, 1]."""
+        return self.classifier(self.dropout(self.act(self.summary(first))))
+
+
+class SpanHead(Head):
+    """Start and end logits of every token, each by one linear layer.
+
+    Targets outside of the sequence are not scored, as in transformers.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.classifier = nn.Linear(config.hidden_size, 2)
+
+    def fill(self, output: ModelOutput, encoded: Encoded, targets: Targets) -> None:
+        if encoded.cu_seqlens is not None:
+            raise ValueError("cu_seqlens: the span head takes padded batches")
+        start, end = self.classifier(encoded.hidden).unbind(-1)
+        output.start_logits, output.end_logits = start, end
+        if targets.start_positions is None or targets.end_positions is None:
+            return
+        length = start.size(1)
+        losses = [
+            cross_entropy(logits.float(), position.clamp(0, length), ignore_index=length)
+            for logits, position in (
+                (start, targets.start_positions),
+                (end, targets.end_positions),
+            )
+        ]
+        output.loss = (losses[0] + losses[1]) / 2
+
+
+def _electra_dropout(config: Config) -> float:
+    rate = config.classifier_dropout
+    return config.hidden_dropout_prob if rate is None else rate
+
+
+def _classification_loss(logits: Tensor, labels: Tensor, config: Config) -> Tensor:
+    logits = logits.float()
+    if config.problem_type == "multi_label_classification":
+        return binary_cross_entropy_with_logits(logits, labels.float())
+    if config.num_labels == 1:
+        return nn.functional.mse_loss(logits.squeeze(-1), labels.float())
+    return cross_entropy(logits, labels)
+
+
+def _sequence(config: Config) -> Head:
+    if config.sequence_head == "linear":
+        return LinearSequenceHead(config)
+    return (ElectraSequenceHead if config.model_type == "electra" else SequenceHead)(config)
+
+
+def _choice(config: Config) -> Head:
+    return (ElectraChoiceHead if config.model_type == "electra" else ChoiceHead)(config)
+
+
+HEADS: dict[str, Callable[[Config], Head | None]] = {
+    "base": lambda config: None,
+    "mlm": MaskedLMHead,
+    "rtd": ReplacedTokenHead,
+    "causal": CausalLMHead,
+    "sequence": _sequence,
+    "token": TokenHead,
+    "span": SpanHead,
+    "choice": _choice,
+}
