@@ -32,16 +32,25 @@ DEBERTA: dict[str, Any] = SIZES | {
     "share_att_key": True,
     "legacy": False,
 }
+DEBERTA_V1: dict[str, Any] = SIZES | {
+    "model_type": "deberta",
+    "relative_attention": True,
+    "position_biased_input": False,
+    "pos_att_type": ["c2p", "p2c"],
+    "max_relative_positions": 16,
+    "legacy": False,
+}
 ELECTRA: dict[str, Any] = SIZES | {
     "model_type": "electra",
     "embedding_size": 20,
     "type_vocab_size": 2,
     "layer_norm_eps": 1e-12,
 }
+FAMILIES = {"deberta": DEBERTA_V1, "deberta-v2": DEBERTA, "electra": ELECTRA}
 
 
 def config(family: str = "deberta-v2", **changes: Any) -> Config:
-    return Config.from_dict({**(ELECTRA if family == "electra" else DEBERTA), **changes})
+    return Config.from_dict({**FAMILIES[family], **changes})
 
 
 def randomize(model: nn.Module, std: float = 0.25) -> nn.Module:

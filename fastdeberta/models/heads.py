@@ -55,16 +55,19 @@ class Encoded:
 
     @property
     def first(self) -> Tensor:
-        """Each sequence's first token, [B, hidden]."""
-        if self.cu_seqlens is None:
+        """Each sequence's first token, [B, hidden], also behind padding on the left."""
+        if self.cu_seqlens is not None:
+            return self.hidden[self.cu_seqlens[:-1].long()]
+        if self.mask is None:
             return self.hidden[:, 0]
-        return self.hidden[self.cu_seqlens[:-1].long()]
+        place = self.mask.bool().int().argmax(1)
+        return self.hidden[torch.arange(place.size(0), device=place.device), place]
 
     @property
     def first_of_each(self) -> Tensor:
         """For each token its sequence's first, broadcastable to hidden."""
         if self.cu_seqlens is None:
-            return self.hidden[:, :1]
+            return self.first.unsqueeze(1)
         return self.first[sequence_of(self.cu_seqlens, self.hidden.size(0))]
 
 
@@ -121,6 +124,8 @@ class CausalLMHead(MaskedLMHead):
         if encoded.cu_seqlens is not None:
             last = encoded.cu_seqlens[1:].long() - 1
         labels[..., last] = -100
+        if encoded.mask is not None:
+            labels = labels.masked_fill(~encoded.mask.bool(), -100)
         output.loss = cross_entropy(output.logits.float().flatten(0, -2), labels.flatten())
 
 

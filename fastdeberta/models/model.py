@@ -66,7 +66,7 @@ class Model(nn.Module):
             input_ids: int64 [B, L]; or packed [T] with `cu_seqlens`. choice: [B, C, L].
             attention_mask: like input_ids, nonzero = a real token. None: all are.
             labels: mlm, token: int64 like input_ids, -100 = not scored. causal: the same, each
-                scored where the token before it stands. rtd: like input_ids, 1 = replaced, scored
+                scored by what the token before it gives. rtd: like input_ids, 1 = replaced, scored
                 where attention_mask is nonzero. sequence: [B] classes, or floats when the config
                 has one label. choice: [B] options.
             start_positions, end_positions: span: int64 [B].
