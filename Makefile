@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+OLDER := build/transformers-4.57
 SOURCES := $(sort $(shell find csrc -name '*.[ch]*'))
 
 # Goes to the command behind demo, test, test-slow and bench: make test ARGS="-k dropout".
@@ -13,8 +14,8 @@ ARGS ?=
 export FASTDEBERTA_FORCE_EXT_BUILD ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow test-triton test-simt test-mutants test-sanitized resources \
-	bench lint format clean
+.PHONY: help env demo test test-slow test-transformers4 test-triton test-simt test-mutants \
+	test-sanitized resources bench lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -26,7 +27,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=..." if sys.version_info < (3, 10) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt pip setuptools wheel ninja torch
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[train,triton,test,bench,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[train,triton,onnx,test,bench,dev]'
 	@touch $@
 
 demo: $(INSTALLED)  ## the main job on the embedded data: a few minutes on two cores
@@ -37,6 +38,15 @@ test: $(INSTALLED)  ## the tests but the slow, the interpreted and the simulated
 
 test-slow: $(INSTALLED)  ## the slow tests
 	$(BIN)/python -m pytest -q -m "slow and not simulated" $(ARGS)
+
+# The same environment, in which an older transformers hides the newer one.
+test-transformers4: $(OLDER)/.installed  ## accelerate() under transformers 4.57, and inside GLiNER
+	PYTHONPATH=$(OLDER) $(BIN)/python -m pytest -q tests/test_accelerate.py tests/test_integrations.py $(ARGS)
+
+$(OLDER)/.installed: tests/transformers-4.57.txt $(INSTALLED)
+	rm -rf $(OLDER)
+	$(BIN)/python -m pip install -q --no-deps --target $(OLDER) -r $<
+	@touch $@
 
 # The interpreter has one thread.
 test-triton: $(INSTALLED)  ## the Triton kernels in Triton's interpreter, on every core: long
