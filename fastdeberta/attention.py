@@ -24,6 +24,8 @@ class DisentangledAttention(nn.Module):
     Attributes:
         backend: backend of the op, "auto" by default.
         padded_rows: "uniform" (transformers' rows of masked queries) or "zeros".
+        composed: run padded batches composed also where the fused op covers them, which leaves
+            PyTorch's own operators alone in a traced graph (see `export`). False by default.
 
     Raises:
         ValueError: sizes that do not divide, or an unknown pos_att_type.
@@ -50,6 +52,7 @@ class DisentangledAttention(nn.Module):
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
         self.backend = "auto"
         self.padded_rows = "uniform"
+        self.composed = False
 
         width = self.all_head_size
         if self.is_v1:
@@ -67,6 +70,7 @@ class DisentangledAttention(nn.Module):
 
         if self.relative_attention:
             self.relative_position = RelativePosition.from_config(config)
+            self._row_table = self.relative_position.table()  # Made here: no trace can make it.
             self.pos_dropout = nn.Dropout(config.hidden_dropout_prob)
             c2p, p2c = "c2p" in self.pos_att_type, "p2c" in self.pos_att_type
             if self.is_v1:
@@ -101,6 +105,7 @@ class DisentangledAttention(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         causal: bool = False,
+        cache: "KeyValueCache | None" = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of `hidden_states` (or `query_states`) over `hidden_states`.
 
@@ -117,6 +122,9 @@ class DisentangledAttention(nn.Module):
                 v2/v3, as in transformers.
             rel_embeddings: [2 * span, hidden], the table.
             cu_seqlens, max_seqlen, causal: see `disentangled_attention`.
+            cache: an empty one is filled with the call's keys, values and tables. With a filled one
+                hidden_states is the next token of every sequence, [B, 1, hidden], attention_mask
+                covers all tokens so far, [B, Lk], and relative_pos is their distances, [1, Lk].
 
         Returns:
             (context, None) or (context, probabilities [B, H, Lq, L]); context has the shape of
@@ -126,7 +134,13 @@ class DisentangledAttention(nn.Module):
             ValueError, TypeError: an argument that does not fit; the message names it.
         """
         query, key, value = self._project(hidden_states, query_states)
-        pos_key, pos_query = self.project_positions(rel_embeddings, relative_pos)
+        if cache is not None and cache.length:
+            key, value = cache.append(key, value)
+            pos_key, pos_query = cache.tables
+        else:
+            pos_key, pos_query = self.project_positions(rel_embeddings, relative_pos)
+            if cache is not None:
+                cache.fill(key, value, pos_key, pos_query)
         key_mask = None
         if cu_seqlens is not None:
             fused = not output_attentions and self.head_logits_proj is None
@@ -268,7 +282,9 @@ class DisentangledAttention(nn.Module):
         relative_pos: Tensor | RelativePosition | None,
     ) -> tuple[bool, Tensor | None]:
         """Whether the fused op covers this call, and the key mask to give it."""
-        if output_attentions or self.head_logits_proj is not None or query.shape != key.shape:
+        if self.composed or output_attentions or self.head_logits_proj is not None:
+            return False, None
+        if query.shape != key.shape:
             return False, None
         if isinstance(relative_pos, Tensor) and self.relative_attention:
             if torch.compiler.is_compiling():  # Recognising it would read data in the graph.
@@ -304,7 +320,9 @@ class DisentangledAttention(nn.Module):
                 torch.arange(query_len, device=device)[:, None]
                 - torch.arange(key_len, device=device)[None, :]
             )
-            rows = self._rule(relative_pos).row(distance)[None, None]
+            rule, table = self._rule(relative_pos), self._row_table
+            table = table if rule == self.relative_position else rule.table()
+            rows = table._replace(rows=table.rows.to(device)).lookup(distance)[None, None]
             return rows, rows
         if relative_pos.dim() not in (2, 3, 4):
             raise ValueError(
@@ -321,6 +339,65 @@ class DisentangledAttention(nn.Module):
         # p2c reads the distance from key to query; only an antisymmetric matrix makes it c2p's row.
         p2c = -relative_pos.transpose(-1, -2)
         return c2p, p2c.clamp(-reach, reach - 1) + span
+
+
+class KeyValueCache:
+    """One layer's keys and values of every token so far, and its projected position tables.
+
+    Sequences end at the same place: of a shorter prompt the first places stay zeros.
+
+    Args:
+        batch: sequences.
+        capacity: places of a sequence, memory for which is taken at once.
+        prompt: places that the prompts take.
+        tokens: of packed prompts, each token's sequence and place, int64 [T] both; None: prompts
+            come as [B, prompt, hidden].
+
+    Attributes:
+        length: places in use, 0 before `fill`.
+        tables: pos_key and pos_query, [2 * span, H, D], or None.
+    """
+
+    def __init__(
+        self, batch: int, capacity: int, prompt: int, tokens: tuple[Tensor, Tensor] | None = None
+    ):
+        self.batch, self.capacity, self.prompt, self.tokens = batch, capacity, prompt, tokens
+        self.length = 0
+        self.tables: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._stored: tuple[Tensor, ...] = ()  # Keys and values, [B, capacity, H, D].
+
+    def fill(
+        self, key: Tensor, value: Tensor, pos_key: Tensor | None, pos_query: Tensor | None
+    ) -> None:
+        """Keeps the prompts' key and value, [B, prompt, H, D] or packed [T, H, D]."""
+        heads, size = key.shape[-2:]
+        # In memory a head's tokens lie together, as the product of one query with them reads them.
+        self._stored = tuple(
+            x.new_zeros(self.batch, heads, self.capacity, size).transpose(1, 2)
+            for x in (key, value)
+        )
+        places = self.tokens or (slice(None), slice(self.prompt))
+        for stored, x in zip(self._stored, (key, value), strict=True):
+            stored[places] = x
+        self.length = self.prompt
+        self.tables = (pos_key, pos_query)
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The next token's key and value, [B, 1, H, D] -> those of all so far, [B, length, H, D].
+
+        Raises:
+            ValueError: more than one token, or more than `capacity` in all.
+        """
+        if key.size(1) != 1 or self.length == self.capacity:
+            raise ValueError(
+                f"cache takes one token at a time, {self.capacity} in all; got {key.size(1)} "
+                f"after {self.length}"
+            )
+        self.length += 1
+        for stored, x in zip(self._stored, (key, value), strict=True):
+            stored[:, self.length - 1] = x[:, 0]
+        key, value = (stored[:, : self.length] for stored in self._stored)
+        return key, value
 
 
 def set_backend(model: nn.Module, backend: str) -> None:
@@ -364,9 +441,15 @@ def composed_attention(
     if rows is not None:
         size = scores.shape
         if pos_key is not None:
-            c2p = q @ pos_key.permute(1, 2, 0)  # [B, H, Lq, R]
+            c2p = torch.einsum("bhid,rhd->bhir", q, pos_key)
             scores = scores + c2p.gather(-1, rows[0].expand(size))
-        if pos_query is not None:
+        if pos_query is not None and query.size(1) == 1:
+            # One query meets one row a key, less work than all rows against all keys.
+            row = rows[1][:, 0, 0]  # [B or 1, Lk]
+            met = pos_query.index_select(0, row.flatten()).mul_(softmax_scale)
+            met = met.unflatten(0, row.shape).transpose(1, 2)
+            scores = scores + (k * met).sum(-1).unsqueeze(2)
+        elif pos_query is not None:
             p2c = (pos_query * softmax_scale).transpose(0, 1) @ k.transpose(-1, -2)  # [B, H, R, Lk]
             scores = scores + p2c.gather(-2, rows[1].expand(size))
     if mix_scores is not None:

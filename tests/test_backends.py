@@ -1,3 +1,4 @@
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -148,3 +149,16 @@ def test_reference_gives_the_same_by_any_number_of_heads_at_once(monkeypatch):
         results.append([out, lse, *torch.autograd.grad(out.square().sum(), inputs)])
     for whole, parts in zip(*results, strict=True):
         torch.testing.assert_close(parts, whole)
+
+
+def test_the_first_call_may_be_compiled():
+    """torch.compile imports nothing: what it meets in a fresh process must be there already."""
+    code = """if True:
+        import torch
+        from fastdeberta import disentangled_attention
+        call = torch.compile(disentangled_attention, backend="eager", fullgraph=True)
+        print(call(*torch.randn(3, 2, 5, 2, 8)).shape)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "torch.Size([2, 5, 2, 8])"

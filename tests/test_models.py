@@ -220,9 +220,11 @@ def test_heads(name, head, id, changes, tmp_path):
     peer, ours = pair(name, head, changes, tmp_path)
     # Of a sequence padded on the left, transformers takes the first place for its first token,
     # and lets it predict the token that is really the first.
-    right_only = head in ("sequence", "choice", "causal")
+    right_only = head in ("sequence", "choice", "causal", "span")
     for side in ("right",) if right_only else ("right", "left"):
         inputs = options(batch(side)) if head == "choice" else batch(side)
+        if head == "span":  # transformers lets padding, whose states mean nothing, be an answer.
+            inputs["attention_mask"].fill_(1)
         labels = labels_of(head, ours.config, inputs["attention_mask"].bool())
         assert_parity(peer, ours, inputs, labels)
 
@@ -312,20 +314,44 @@ def test_dropout_only_in_training():
 @pytest.mark.parametrize(
     ("make", "millions", "embeddings"),
     [
+        (deberta.v1_base, 100, False),
+        (deberta.v1_large, 350, False),
+        (deberta.v1_xlarge, 700, False),
+        (deberta.v2_xlarge, 710, False),
+        (deberta.v2_xxlarge, 1320, False),
         (deberta.v3_xsmall, 22, False),
         (deberta.v3_small, 44, False),
         (deberta.v3_base, 86, False),
         (deberta.v3_large, 304, False),
+        (deberta.mdeberta_v3_base, 86, False),
+        (deberta.v1_large, 400, True),
+        (deberta.v1_xlarge, 750, True),
+        (deberta.v2_xlarge, 900, True),
+        (deberta.v2_xxlarge, 1500, True),
         (electra.small, 14, True),
         (electra.base, 110, True),
         (electra.large, 335, True),
     ],
 )
 def test_published_sizes(make, millions, embeddings):
-    """What the model cards count: the discriminator, of DeBERTa without its token table."""
+    """Papers and model cards round, and do not say which heads they count; transformers is exact."""
+    config = make()
     with torch.device("meta"):
-        model = Model(make(), "rtd")
-    assert abs(model.num_parameters(embeddings) / 1e6 - millions) < (1 if embeddings else 0.5)
+        model = Model(config)
+        kind = next(kind for kind, _ in FAMILIES.values() if kind.model_type == config.model_type)
+        peer = transformers.AutoModel.from_config(kind(**config.to_dict()))
+    assert model.num_parameters() == peer.num_parameters()
+    assert model.num_parameters(embeddings) / 1e6 == pytest.approx(millions, rel=0.05)
+
+
+def test_generators():
+    small = electra.generator(electra.small(), 1 / 4)
+    assert (small.hidden_size, small.num_attention_heads, small.intermediate_size) == (64, 1, 256)
+    base = electra.generator(electra.base(), 1 / 3)
+    assert (base.hidden_size, base.num_attention_heads, base.embedding_size) == (256, 4, 768)
+    assert base.num_hidden_layers == 12
+    v3 = deberta.generator(deberta.v3_large())
+    assert (v3.num_hidden_layers, v3.hidden_size) == (12, 1024)
 
 
 def test_num_parameters():
@@ -357,7 +383,7 @@ def test_config_takes_transformers_fields():
     assert config.embedding_size == config.hidden_size
 
 
-@pytest.mark.parametrize("theirs", [DebertaV2Config, ElectraConfig])
+@pytest.mark.parametrize("theirs", [DebertaConfig, DebertaV2Config, ElectraConfig])
 def test_config_defaults_are_transformers(theirs):
     """A config.json that says nothing but its family means what transformers makes of it."""
     ours = Config.from_dict({"model_type": theirs.model_type}).to_dict()
@@ -406,8 +432,35 @@ PACKED["cu_seqlens"] = torch.tensor([0, 60], dtype=torch.int32)
             "give exactly one of input_ids and inputs_embeds",
         ),
         (call(input_ids=IDS, labels=IDS), "labels: a model without a head"),
-        (call("nope", input_ids=IDS), "head must be one of base, mlm, .*choice; got 'nope'"),
+        (call("nope", input_ids=IDS), "head must be one of base, mlm, .*choice.*; got 'nope'"),
         (lambda: Config(model_type="gpt"), "model_type must be one of .*; got 'gpt'"),
+        (lambda: Config(conv_kernel_size=4), "conv_kernel_size must be odd, got 4"),
+        (lambda: Config(span_head="nope"), "span_head must be one of linear, beam; got 'nope'"),
+        (lambda: Config(sequence_head="nope"), "sequence_head must be one of pooled, linear; got"),
+        (
+            lambda: Config.from_dict(
+                {"model_type": "electra", "position_embedding_type": "relative_key"}
+            ),
+            "position_embedding_type must be 'absolute', got 'relative_key'",
+        ),
+        (lambda: electra.generator(electra.small(), 0), r"width must be in \(0, 1\], got 0"),
+        (
+            call(changes={"pos_att_type": ["c2p", "x"]}, input_ids=IDS),
+            r"pos_att_type may hold c2p, p2c and p2p; got \['x'\]",
+        ),
+        (
+            call(changes={"conv_kernel_size": 3}, input_ids=IDS, causal=True),
+            "causal: a convolution shows every token the next one",
+        ),
+        (
+            call(input_ids=IDS, attention_mask=IDS[:, :3]),
+            r"attention_mask must have one value a token, \[2, 5\], got \[2, 3\]",
+        ),
+        (call("choice", input_ids=IDS), r"input_ids must be \[B, C, L\] for a choice head, got"),
+        (
+            call("choice", "electra", {"summary_type": "last"}, input_ids=IDS),
+            "summary_type must be 'first', with a projection, for a choice head; got 'last'",
+        ),
         (lambda: Config(hidden_size=30, num_attention_heads=4), "a multiple of .*4.*, got 30"),
         (lambda: activation("nope"), "activation must be one of .*; got 'nope'"),
         (call(changes={"hidden_act": "nope"}, input_ids=IDS), "activation must be one of"),

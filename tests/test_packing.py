@@ -7,7 +7,7 @@ from torch import nn
 
 from fastdeberta import packing
 from fastdeberta.models import Model
-from fastdeberta.packing import PaddedStates, Packing
+from fastdeberta.packing import Packing, PaddedStates
 
 LONG = 41
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}

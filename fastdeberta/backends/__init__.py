@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..relative_position import RowTable
 
-# Each module is imported when its backend is first asked for, so that optional dependencies are.
+# Modules import what they optionally need (triton, a compiled library) when it is asked for.
 MODULES = {
     "cpu": "fastdeberta.backends.cpu",
     "cuda": "fastdeberta.backends.cuda",
@@ -62,8 +62,7 @@ class AttentionParams(NamedTuple):
 
 def load(name: str) -> ModuleType:
     """The module of a backend."""
-    module = sys.modules.get(MODULES[name])  # Much faster than another import.
-    return import_module(MODULES[name]) if module is None else module
+    return sys.modules[MODULES[name]]
 
 
 def available_backends() -> dict[str, str | None]:
@@ -108,12 +107,11 @@ def choose(backend: str, query: Tensor, params: AttentionParams) -> tuple[str, d
 
 
 def _refusal(name: str, query: Tensor, params: AttentionParams) -> str | None:
-    # torch.compile traces a look-up in sys.modules, but no import.
-    return _unavailable(name) or sys.modules[MODULES[name]].unsupported(query, params)
+    return _unavailable(name) or load(name).unsupported(query, params)
 
 
 def _yields(name: str, query: Tensor, params: AttentionParams) -> str | None:
-    yields = getattr(sys.modules[MODULES[name]], "yields", None)
+    yields = getattr(load(name), "yields", None)
     return yields and yields(query, params)
 
 
@@ -130,3 +128,8 @@ def constant(function: Callable) -> Callable:
 @constant
 def _unavailable(name: str) -> str | None:
     return load(name).unavailable()
+
+
+# Last, for they import from here. torch.compile traces a look-up in sys.modules, but no import.
+for _module in MODULES.values():
+    import_module(_module)

@@ -84,7 +84,10 @@ class Config:
     is_decoder: bool = False  # causal attention in every layer
     sequence_head: str = "pooled"  # "linear": Google's ELECTRA, no dense layer
     span_head: str = "linear"  # "beam": XLNet's, ends conditioned on starts, and answerability
-    span_beam_size: int = 20
+    span_beam_size: int = 20  # beam
+    span_hidden_size: int = 512  # beam: layer below the end and the answerability logits
+    span_answerable: bool = True  # beam: does the text hold an answer?
+    span_answerable_weight: float = 0.5  # of that logit's loss
     id2label: dict[int, str] = field(default_factory=lambda: {0: "LABEL_0", 1: "LABEL_1"})
     problem_type: str | None = None
     extra: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -116,6 +119,9 @@ class Config:
                 "emd needs num_hidden_layers >= 2 and emd_passes >= 1, got "
                 f"{self.num_hidden_layers} and {self.emd_passes}"
             )
+        for name in ("span_beam_size", "span_hidden_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         positions = self.extra.get("position_embedding_type", "absolute")
         if positions != "absolute":
             raise ValueError(f"position_embedding_type must be 'absolute', got {positions!r}")

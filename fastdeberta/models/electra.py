@@ -1,56 +1,53 @@
-"""ELECTRA: named configs, and the names that its checkpoints use."""
+"""ELECTRA: named configs, as released. Keywords change fields."""
 
+from dataclasses import replace
 from typing import Any
 
 from .config import Config
 
-_ATTENTION = [
-    (f".attention.self.{ours}.", f".attention.self.{theirs}.")
-    for ours, theirs in (("query_proj", "query"), ("key_proj", "key"), ("value_proj", "value"))
-]
 
-_BACKBONE = [("backbone.embeddings.embed_proj.", "electra.embeddings_project.")]
+def small(**changes: Any) -> Config:
+    """google/electra-small-discriminator: 12 layers of 256, embeddings of 128, 14M parameters.
 
-# Our parameter names -> transformers' names, by head; longest prefix first.
-KEYS: dict[str, list[tuple[str, str]]] = {
-    "base": [*_BACKBONE, ("backbone.", "electra.")],
-    "mlm": [
-        ("head.bias", "generator_lm_head.bias"),
-        ("head.", "generator_predictions."),
-        *_BACKBONE,
-        ("backbone.", "electra."),
-    ],
-    "rtd": [
-        ("head.classifier.", "discriminator_predictions.dense_prediction."),
-        ("head.", "discriminator_predictions."),
-        *_BACKBONE,
-        ("backbone.", "electra."),
-    ],
-    "sequence": [("head.", "classifier."), *_BACKBONE, ("backbone.", "electra.")],
-}
-
-# Names inside a layer that differ, wherever they stand.
-INNER_KEYS = _ATTENTION
-
-# What a checkpoint may carry beside one model: other heads.
-OTHER_KEYS = (
-    "generator_predictions.",
-    "generator_lm_head.",
-    "discriminator_predictions.",
-    "classifier.",
-    "qa_outputs.",
-    "sequence_summary.",
-)
-
-ARCHITECTURES = {
-    "base": "ElectraModel",
-    "mlm": "ElectraForMaskedLM",
-    "rtd": "ElectraForPreTraining",
-    "sequence": "ElectraForSequenceClassification",
-}
+    Its released generator is of the same width, where the paper has a quarter.
+    """
+    return _config(12, 256, 4, 128, changes)
 
 
-def _electra(layers: int, hidden: int, heads: int, embedding: int, **changes: Any) -> Config:
+def base(**changes: Any) -> Config:
+    """google/electra-base-discriminator: 12 layers of 768, 110M parameters."""
+    return _config(12, 768, 12, 768, changes)
+
+
+def large(**changes: Any) -> Config:
+    """google/electra-large-discriminator: 24 layers of 1024, 335M parameters."""
+    return _config(24, 1024, 16, 1024, changes)
+
+
+def generator(discriminator: Config, width: float = 0.25, **changes: Any) -> Config:
+    """A generator as deep as its discriminator and a fraction as wide (ELECTRA, section 3.2).
+
+    Tables keep the discriminator's embedding_size, so that the two can share them. The paper's
+    fractions: small 1/4, base 1/3, large 1/4.
+
+    Raises:
+        ValueError: width outside of (0, 1].
+    """
+    if not 0 < width <= 1:
+        raise ValueError(f"width must be in (0, 1], got {width}")
+    hidden = round(discriminator.hidden_size * width)
+    heads = max(1, hidden // 64)
+    size = {
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * hidden,
+    }
+    return replace(discriminator, **{**size, **changes})
+
+
+def _config(
+    layers: int, hidden: int, heads: int, embedding: int, changes: dict[str, Any]
+) -> Config:
     values: dict[str, Any] = {
         "model_type": "electra",
         "vocab_size": 30522,
@@ -64,18 +61,3 @@ def _electra(layers: int, hidden: int, heads: int, embedding: int, **changes: An
         **changes,
     }
     return Config(**values)
-
-
-def small(**changes: Any) -> Config:
-    """ELECTRA-Small: 12 layers of 256, embeddings of 128. Keywords change fields."""
-    return _electra(12, 256, 4, 128, **changes)
-
-
-def base(**changes: Any) -> Config:
-    """ELECTRA-Base: 12 layers of 768. Keywords change fields."""
-    return _electra(12, 768, 12, 768, **changes)
-
-
-def large(**changes: Any) -> Config:
-    """ELECTRA-Large: 24 layers of 1024. Keywords change fields."""
-    return _electra(24, 1024, 16, 1024, **changes)

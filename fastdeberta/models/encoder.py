@@ -299,7 +299,7 @@ class Backbone(nn.Module):
         self.config = config
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
-        self.unpad = True
+        self.unpad = not config.talking_head  # That mixes heads of padded batches.
 
     def forward(
         self,

@@ -16,6 +16,22 @@ from .encoder import activation
 
 
 @dataclass
+class SpanBeam:
+    """The K likeliest starts and of each the K likeliest ends, best first; of ties, earlier first.
+
+    K is the config's span_beam_size, or L if that is less.
+    start_index int64, start_log_probs: [B, K]. end_index int64, end_log_probs given that start:
+    [B, K, K]. A span's log-probability is the sum of both. An end may lie before its start. Where
+    fewer than K tokens may hold answers, others follow them with log-probabilities below -1000.
+    """
+
+    start_index: Tensor
+    start_log_probs: Tensor
+    end_index: Tensor
+    end_log_probs: Tensor
+
+
+@dataclass
 class ModelOutput:
     """What a model returns; None where it does not apply.
 
@@ -23,11 +39,14 @@ class ModelOutput:
         model left padding out, and hold no meaning elsewhere. With an enhanced mask decoder: its
         output.
     logits: mlm, causal [B, L, vocab]; rtd [B, L]; sequence [B, num_labels]; token [B, L,
-        num_labels]; choice [B, C].
+        num_labels]; choice [B, C]; entity [B, E].
     loss: scalar, when labels were given.
     hidden_states: embeddings and every layer's output, when asked for.
     attentions: every layer's probabilities [B, H, L, L], when asked for.
-    start_logits, end_logits: span [B, L].
+    start_logits, end_logits: span [B, L]. Of the beam's head, end_logits are those of the given
+        start_positions.
+    beam: the best spans, of the beam's head; not in training.
+    impossible_logits: span [B], above 0 = the text does not hold the answer; of the beam's head.
     """
 
     last_hidden_state: Tensor
@@ -37,6 +56,8 @@ class ModelOutput:
     attentions: list[Tensor] | None = None
     start_logits: Tensor | None = None
     end_logits: Tensor | None = None
+    beam: SpanBeam | None = None
+    impossible_logits: Tensor | None = None
 
 
 @dataclass
@@ -45,6 +66,7 @@ class Encoded:
 
     hidden: [B, L, hidden] or packed [T, hidden]. mask: [B, L], [T] or None. table: the token
     embeddings [vocab, embedding_size]. choices: rows of one question follow one another, so many.
+    max_seqlen, token_type_ids, answer_mask, entity_spans: see Model.forward.
     """
 
     hidden: Tensor
@@ -52,6 +74,10 @@ class Encoded:
     mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
     choices: int | None = None
+    max_seqlen: int | None = None
+    token_type_ids: Tensor | None = None
+    answer_mask: Tensor | None = None
+    entity_spans: Tensor | None = None
 
     @property
     def first(self) -> Tensor:
@@ -60,8 +86,15 @@ class Encoded:
             return self.hidden[self.cu_seqlens[:-1].long()]
         if self.mask is None:
             return self.hidden[:, 0]
-        place = self.mask.bool().int().argmax(1)
-        return self.hidden[torch.arange(place.size(0), device=place.device), place]
+        row = torch.arange(self.hidden.size(0), device=self.hidden.device)
+        return self.hidden[row, self.first_place]
+
+    @property
+    def first_place(self) -> Tensor:
+        """Where each row's first token stands, int64 [B]; of a padded batch."""
+        if self.mask is None:
+            return self.hidden.new_zeros(self.hidden.size(0), dtype=torch.long)
+        return self.mask.bool().int().argmax(1)
 
     @property
     def first_of_each(self) -> Tensor:
@@ -282,34 +315,6 @@ class ElectraChoiceHead(ChoiceHead):
         return self.classifier(self.dropout(self.act(self.summary(first))))
 
 
-class SpanHead(Head):
-    """Start and end logits of every token, each by one linear layer.
-
-    Targets outside of the sequence are not scored, as in transformers.
-    """
-
-    def __init__(self, config: Config):
-        super().__init__()
-        self.classifier = nn.Linear(config.hidden_size, 2)
-
-    def fill(self, output: ModelOutput, encoded: Encoded, targets: Targets) -> None:
-        if encoded.cu_seqlens is not None:
-            raise ValueError("cu_seqlens: the span head takes padded batches")
-        start, end = self.classifier(encoded.hidden).unbind(-1)
-        output.start_logits, output.end_logits = start, end
-        if targets.start_positions is None or targets.end_positions is None:
-            return
-        length = start.size(1)
-        losses = [
-            cross_entropy(logits.float(), position.clamp(0, length), ignore_index=length)
-            for logits, position in (
-                (start, targets.start_positions),
-                (end, targets.end_positions),
-            )
-        ]
-        output.loss = (losses[0] + losses[1]) / 2
-
-
 def _electra_dropout(config: Config) -> float:
     rate = config.classifier_dropout
     return config.hidden_dropout_prob if rate is None else rate
@@ -334,6 +339,18 @@ def _choice(config: Config) -> Head:
     return (ElectraChoiceHead if config.model_type == "electra" else ChoiceHead)(config)
 
 
+def _span(config: Config) -> Head:
+    from .answers import BeamSpanHead, SpanHead  # They build on this module.
+
+    return (BeamSpanHead if config.span_head == "beam" else SpanHead)(config)
+
+
+def _entity(config: Config) -> Head:
+    from .answers import EntityHead
+
+    return EntityHead(config)
+
+
 HEADS: dict[str, Callable[[Config], Head | None]] = {
     "base": lambda config: None,
     "mlm": MaskedLMHead,
@@ -341,6 +358,7 @@ HEADS: dict[str, Callable[[Config], Head | None]] = {
     "causal": CausalLMHead,
     "sequence": _sequence,
     "token": TokenHead,
-    "span": SpanHead,
+    "span": _span,
     "choice": _choice,
+    "entity": _entity,
 }

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from . import generation
 from .config import Config
 from .encoder import Backbone, initialize
 from .heads import HEADS, Encoded, ModelOutput, Targets
@@ -19,7 +20,7 @@ class Model(nn.Module):
             config has emd); "rtd" (replaced token detection); "causal" (language model that reads
             from left to right, see `generate`); "sequence" (classification; regression when the
             config has one label); "token" (tagging); "span" (extractive question answering);
-            "choice" (multiple choice).
+            "choice" (multiple choice); "entity" (which of a text's entities answers).
 
     Raises:
         ValueError: unknown head.
@@ -57,6 +58,8 @@ class Model(nn.Module):
         max_seqlen: int | None = None,
         num_choices: int | None = None,
         causal: bool | None = None,
+        answer_mask: Tensor | None = None,
+        entity_spans: Tensor | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> ModelOutput:
@@ -68,12 +71,19 @@ class Model(nn.Module):
             labels: mlm, token: int64 like input_ids, -100 = not scored. causal: the same, each
                 scored by what the token before it gives. rtd: like input_ids, 1 = replaced, scored
                 where attention_mask is nonzero. sequence: [B] classes, or floats when the config
-                has one label. choice: [B] options.
-            start_positions, end_positions: span: int64 [B].
-            is_impossible: span: [B], 1 = the text does not hold the answer.
+                has one label. choice: [B] options. entity: [B, E], 1 = answers.
+            start_positions, end_positions: span: int64 [B], the answer's first and last token, both
+                0 for none; not scored past the sequence's end.
+            is_impossible: span: [B], 1 = the text does not hold the answer. None: where
+                start_positions is 0.
             cu_seqlens, max_seqlen: packed sequences, see `disentangled_attention`.
             num_choices: options of a question, for packed sequences.
             causal: attend to earlier tokens only; None: if the config's is_decoder says so.
+            answer_mask: span with a beam: like input_ids, nonzero = may be an answer's first or
+                last token. None: a row's second segment, or all of a row that has one segment.
+                Each row's first token, which stands for no answer, always may.
+            entity_spans: entity: int64 [B, E, 2], each entity's first token and the one after its
+                last. Spans without a token, such as (-1, -1), are padding.
             output_attentions: also return probabilities; holds [B, H, L, L] for every layer.
 
         Raises:
@@ -113,9 +123,21 @@ class Model(nn.Module):
         )
         if self.head is not None:
             table = self.backbone.embeddings.word_embeddings.weight
-            encoded = Encoded(states[-1], table, attention_mask, cu_seqlens, num_choices)
+            encoded = Encoded(
+                states[-1],
+                table,
+                attention_mask,
+                cu_seqlens,
+                num_choices,
+                max_seqlen,
+                token_type_ids,
+                answer_mask,
+                entity_spans,
+            )
             self.head.fill(output, encoded, targets)
         return output
+
+    generate = generation.generate
 
     def num_parameters(self, embeddings: bool = True) -> int:
         """Parameters, with or without the token, position and type tables."""
@@ -126,8 +148,13 @@ class Model(nn.Module):
         }
         return sum(p.numel() for p in self.parameters() if embeddings or id(p) not in tables)
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Writes config.json and model.safetensors in transformers' layout, as a whole."""
+    def save_pretrained(
+        self, directory: str | Path, max_shard_size: int | str | None = None
+    ) -> None:
+        """Writes config.json and model.safetensors in transformers' layout, as a whole.
+
+        Weights larger than `max_shard_size` (bytes, or as "2GB"; None: no limit) are sharded.
+        """
         from .checkpoint import save
 
-        save(self, directory)
+        save(self, directory, max_shard_size)
