@@ -18,7 +18,7 @@ from torch.nn.functional import (
 
 from fastdeberta.models import Config, Model
 from fastdeberta.models.answers import MASKED, BeamSpanHead, EntityHead, SpanHead
-from fastdeberta.models.heads import Encoded, ModelOutput, Targets
+from fastdeberta.models.encoded import Encoded, ModelOutput, Targets
 
 LENGTH, HIDDEN = 7, 6
 LENGTHS = torch.tensor([7, 5, 2])

@@ -2,7 +2,7 @@
 
 from .checkpoint import from_pretrained
 from .config import Config
-from .heads import ModelOutput
+from .encoded import ModelOutput
 from .model import Model
 
 __all__ = ["Config", "Model", "ModelOutput", "from_pretrained"]

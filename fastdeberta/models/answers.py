@@ -19,7 +19,7 @@ from torch.nn.functional import (
 
 from ..packing import Packing, positions, sequence_of
 from .config import Config
-from .heads import Encoded, Head, ModelOutput, SpanBeam, Targets
+from .encoded import Encoded, Head, ModelOutput, SpanBeam, Targets
 
 # The logit of what cannot be an answer. Even the sum of two fits into float16.
 MASKED = -10000.0

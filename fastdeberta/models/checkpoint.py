@@ -167,11 +167,11 @@ def save(model: Model, directory: str | Path, max_shard_size: int | str | None =
     before, now = (written(p.name for p in place.iterdir()) for place in (directory, fresh))
     # Each rename is atomic. An old index goes first, lest it name new shards; the new one comes
     # after its shards, and the config last.
-    if INDEX in before:
+    if INDEX in before and INDEX in now:
         (directory / INDEX).unlink()
     for name in sorted(now, key=lambda name: name == INDEX):
         (fresh / name).replace(directory / name)
-    for name in set(before) - {INDEX, *now}:
+    for name in set(before) - set(now):
         (directory / name).unlink()
     (fresh / _CONFIG).replace(directory / _CONFIG)
     fresh.rmdir()

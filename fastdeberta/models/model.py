@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from . import generation
 from .config import Config
+from .encoded import Encoded, ModelOutput, Targets
 from .encoder import Backbone, initialize
-from .heads import HEADS, Encoded, ModelOutput, Targets
+from .heads import HEADS
 
 
 class Model(nn.Module):

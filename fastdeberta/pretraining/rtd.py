@@ -53,7 +53,9 @@ def load_corpus(settings: PretrainSettings) -> Corpus:
         if settings.tokenizer is not None:
             tokenizer = tokenizers.load(settings.tokenizer)
         else:
-            tokenizer = tokenizers.train(train, settings.vocab_size, settings.lowercase)
+            tokenizer = tokenizers.train(
+                train, settings.vocab_size, settings.lowercase, settings.tokenizer_kind
+            )
         tokenizers.save(tokenizer, output)
     # As read back: a file rounds scores, and a run that continues must see the same tokens.
     tokenizer = tokenizers.load(output)

@@ -19,9 +19,10 @@ class PretrainSettings(TrainSettings):
     output: str = "runs/pretrain"
     data: str = EMBEDDED  # "wiki-leads", a .txt or .jsonl file, or a directory of them
     held_out: float = 0.02  # fraction of documents kept for evaluation
-    tokenizer: str | None = None  # a tokenizer.json; None trains one on the text
+    tokenizer: str | None = None  # a tokenizer file or directory; None trains one on the text
     lowercase: bool = False
     vocab_size: int = 8192  # of a tokenizer trained here
+    tokenizer_kind: str = "unigram"  # or "bpe", "wordpiece"
     sequence_length: int = 128
     tie: str = "gdes"  # or "embeddings", "none"
     mask_fraction: float = 0.15
