@@ -11,26 +11,46 @@ import torch
 import transformers
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
-from transformers import DebertaV2Config, ElectraConfig
+from transformers import DebertaConfig, DebertaV2Config, ElectraConfig
 
 from fastdeberta.models import Config, Model, checkpoint, from_pretrained
+from fastdeberta.models.heads import HEADS
 
+CONFIGS = {"deberta": DebertaConfig, "deberta-v2": DebertaV2Config, "electra": ElectraConfig}
 LABELS = {0: "no", 1: "yes", 2: "perhaps"}
+THREE = {"id2label": LABELS}
 ROUND_TRIPS = [
+    ("deberta", "base", "DebertaModel", {}),
+    ("deberta", "base", "DebertaModel", {"position_biased_input": True, "type_vocab_size": 2}),
+    ("deberta", "mlm", "DebertaForMaskedLM", {}),
+    ("deberta", "mlm", "DebertaForMaskedLM", {"legacy": True}),
+    ("deberta", "sequence", "DebertaForSequenceClassification", THREE),
+    ("deberta", "token", "DebertaForTokenClassification", THREE),
+    ("deberta", "span", "DebertaForQuestionAnswering", {}),
     ("deberta-v2", "base", "DebertaV2Model", {}),
     ("deberta-v2", "base", "DebertaV2Model", {"conv_kernel_size": 3, "embedding_size": 20}),
     ("deberta-v2", "mlm", "DebertaV2ForMaskedLM", {}),
     ("deberta-v2", "mlm", "DebertaV2ForMaskedLM", {"legacy": True, "share_att_key": False}),
-    ("deberta-v2", "sequence", "DebertaV2ForSequenceClassification", {"id2label": LABELS}),
+    ("deberta-v2", "sequence", "DebertaV2ForSequenceClassification", THREE),
+    ("deberta-v2", "token", "DebertaV2ForTokenClassification", THREE),
+    ("deberta-v2", "span", "DebertaV2ForQuestionAnswering", {}),
+    ("deberta-v2", "choice", "DebertaV2ForMultipleChoice", {}),
     ("electra", "base", "ElectraModel", {}),
     ("electra", "mlm", "ElectraForMaskedLM", {"embedding_size": 32}),
     ("electra", "rtd", "ElectraForPreTraining", {}),
-    ("electra", "sequence", "ElectraForSequenceClassification", {"id2label": LABELS}),
+    ("electra", "causal", "ElectraForCausalLM", {"is_decoder": True}),
+    ("electra", "sequence", "ElectraForSequenceClassification", THREE),
+    ("electra", "token", "ElectraForTokenClassification", THREE),
+    ("electra", "span", "ElectraForQuestionAnswering", {}),
+    ("electra", "choice", "ElectraForMultipleChoice", {}),
 ]
+# A head's output that says most.
+OUTPUT = {"base": "last_hidden_state", "span": "start_logits"}
 
 
 def assert_same(ours, others):
-    """Two state dicts, bit for bit."""
+    """Two models or state dicts, bit for bit."""
+    ours, others = (x.state_dict() if isinstance(x, Model) else x for x in (ours, others))
     assert ours.keys() == others.keys()
     assert [name for name in ours if not torch.equal(ours[name], others[name])] == []
 
@@ -53,7 +73,8 @@ def test_ours_to_transformers_and_back(family, head, name, changes, tmp_path):
         tmp_path / "ours", output_loading_info=True
     )
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    ids, output = tiny.token_ids(2, 9), "last_hidden_state" if head == "base" else "logits"
+    ids = tiny.token_ids(*((2, 2, 9) if head == "choice" else (2, 9)))
+    output = OUTPUT.get(head, "logits")
     torch.testing.assert_close(getattr(ours(ids), output), getattr(theirs(ids), output))
     theirs.save_pretrained(tmp_path / "theirs")
     assert_same(from_pretrained(tmp_path / "theirs", head).state_dict(), ours.state_dict())
@@ -62,7 +83,7 @@ def test_ours_to_transformers_and_back(family, head, name, changes, tmp_path):
 @pytest.mark.parametrize(("family", "head", "name", "changes"), ROUND_TRIPS)
 def test_transformers_to_ours_and_back(family, head, name, changes, tmp_path):
     values = tiny.config(family, **changes).to_dict()
-    config = (ElectraConfig if family == "electra" else DebertaV2Config)(**values)
+    config = CONFIGS[family](**values)
     theirs = tiny.randomize(getattr(transformers, name)(config))
     theirs.save_pretrained(tmp_path / "theirs")
     from_pretrained(tmp_path / "theirs", head).save_pretrained(tmp_path / "ours")
@@ -86,7 +107,7 @@ def test_replaced_token_model(family, tmp_path):
     assert_same(backbone, {k: v for k, v in ours.state_dict().items() if k in backbone})
 
 
-# Other layouts
+# Forms of transformers' layout; other makers' are in test_layouts.py
 
 
 def test_bare_backbone(tmp_path):
@@ -145,28 +166,55 @@ def test_pickles_run_no_code(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_released_deberta_v3_layout(tmp_path):
-    """Its files also hold the mask decoder's positions, folded GDES differences, another head."""
-    ours = saved(tmp_path, head="rtd")
-    tensors = load_file(tmp_path / "model.safetensors")
-    more = ["embeddings.word_embeddings._weight", "embeddings.position_embeddings._weight"]
-    more += ["embeddings.position_embeddings.weight", "embeddings.position_ids"]
-    names = [*(f"deberta.{name}" for name in more), "lm_predictions.lm_head.bias"]
-    extra = {name: torch.randn(67, 32) for name in names}
-    save_file(tensors | extra, tmp_path / "model.safetensors")
-    for head in ("rtd", "base"):
-        got = from_pretrained(tmp_path, head).state_dict()
-        assert_same(got, {name: ours.state_dict()[name] for name in got})
-    del tensors["deberta.embeddings.word_embeddings.weight"]  # The difference alone is no table.
-    save_file(tensors | extra, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="missing backbone.embeddings.word_embeddings.weight"):
-        from_pretrained(tmp_path)
-
-
-def test_hub(tmp_path, monkeypatch):
+def test_sharded_pickles(tmp_path):
     ours = saved(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(tmp_path))
-    assert_same(from_pretrained("someone/some-model").state_dict(), ours.state_dict())
+    tensors = torch.load(pickled(tmp_path))
+    shards = {
+        f"pytorch_model-0000{i}-of-00002.bin": names
+        for i, names in enumerate((list(tensors)[::2], list(tensors)[1::2]), 1)
+    }
+    for file, names in shards.items():
+        torch.save({name: tensors[name] for name in names}, tmp_path / file)
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    index = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (tmp_path / "pytorch_model.bin").rename(tmp_path / "pytorch_model.bin.index.json")
+    (tmp_path / "pytorch_model.bin.index.json").write_text(index)
+    assert_same(from_pretrained(tmp_path).state_dict(), ours.state_dict())
+
+
+def test_a_named_file(tmp_path):
+    ours = saved(tmp_path)
+    pickled(tmp_path).rename(tmp_path / "pytorch_model.step-9.bin")
+    with pytest.raises(FileNotFoundError, match="weights= may name one of pytorch_model.step-9.b"):
+        from_pretrained(tmp_path)
+    got = from_pretrained(tmp_path, weights="pytorch_model.step-9.bin")
+    assert_same(got.state_dict(), ours.state_dict())
+    with pytest.raises(FileNotFoundError, match="no weights at .*other.bin"):
+        from_pretrained(tmp_path, weights="other.bin")
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pickle", "named"])
+def test_hub(form, tmp_path, monkeypatch):
+    """Only what is needed comes from the hub: pickles where there are no safetensors."""
+    ours, options, asked = saved(tmp_path / "hub"), {}, []
+    if form != "safetensors":
+        file = pickled(tmp_path / "hub")
+    if form == "named":
+        options["weights"] = file.rename(file.with_name("pytorch_model.generator.bin")).name
+
+    def download(name, allow_patterns):
+        assert name == "someone/some-model"
+        asked.append(allow_patterns)
+        (tmp_path / "cache").mkdir(exist_ok=True)
+        for pattern in allow_patterns:
+            for path in (tmp_path / "hub").glob(pattern):
+                shutil.copy(path, tmp_path / "cache")
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    got = from_pretrained("someone/some-model", **options)
+    assert_same(got.state_dict(), ours.state_dict())
+    assert len(asked) == (2 if form == "pickle" else 1)
 
     def offline(name, **options):
         raise LocalEntryNotFoundError("no network")
@@ -179,8 +227,8 @@ def test_hub(tmp_path, monkeypatch):
 # Heads
 
 
-@pytest.mark.parametrize("family", ["deberta-v2", "electra"])
-@pytest.mark.parametrize("head", ["mlm", "rtd", "sequence"])
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+@pytest.mark.parametrize("head", [head for head in HEADS if head != "base"])
 def test_a_new_head_must_be_allowed(family, head, tmp_path):
     ours = saved(tmp_path, family)
     with pytest.raises(ValueError, match=f"no weights for head '{head}' .*allow_new_head=True"):
@@ -200,6 +248,50 @@ def test_only_what_the_head_lacks_is_new(tmp_path):
     for name, tensor in got.state_dict().items():
         same = tensor.shape == expected[name].shape and torch.equal(tensor, expected[name])
         assert same != name.startswith("head.classifier."), name
+
+
+@pytest.mark.parametrize(
+    ("family", "trained", "asked"),
+    [
+        ("deberta-v2", "sequence", "token"),
+        ("deberta", "entity", "token"),
+        ("electra", "choice", "token"),
+        ("deberta-v2", "choice", "entity"),
+    ],
+)
+def test_a_classifier_behind_other_layers_is_not_reused(family, trained, asked, tmp_path):
+    """Both have a `classifier` of the same shape, which means nothing without the layer below."""
+    labels = {"id2label": {0: "score"}}
+    ours = saved(tmp_path, family, trained, **labels)
+    with pytest.raises(ValueError, match="no weights for head '.*' .head.classifier.bias, "):
+        from_pretrained(tmp_path, asked)
+    got = from_pretrained(tmp_path, asked, allow_new_head=True).state_dict()
+    assert not torch.equal(got["head.classifier.weight"], ours.head.classifier.weight)
+
+
+def test_reports(tmp_path, caplog):
+    """What was left out and what is new: as data, in the log, and with an error."""
+    saved(tmp_path, head="rtd")
+    left_out = {
+        f"mask_predictions.{part}.{kind}"
+        for part in ("LayerNorm", "classifier", "dense")
+        for kind in ("weight", "bias")
+    }
+    model = Model(tiny.config(), "token")
+    report = checkpoint.load(model, tmp_path, allow_new_head=True)
+    assert set(report.left_out) == left_out
+    assert report.new == ["head.classifier.weight", "head.classifier.bias"]
+    assert not report.missing and not report.reshaped and not report.unexpected
+    caplog.set_level("INFO")
+    from_pretrained(tmp_path, "token", allow_new_head=True)
+    logged = {record.levelname: record.message for record in caplog.records}
+    assert all(name in logged["INFO"] for name in left_out)
+    assert "random values: head.classifier.weight, head.classifier.bias" in logged["WARNING"]
+    with pytest.raises(checkpoint.CheckpointError) as caught:
+        from_pretrained(tmp_path, num_hidden_layers=5)
+    missing = caught.value.report.missing
+    assert len(missing) == 2 * len([n for n in model.state_dict() if ".layer.0." in n])
+    assert all(".layer.3." in name or ".layer.4." in name for name in missing)
 
 
 def test_allow_new_head_excuses_nothing_else(tmp_path):
@@ -238,27 +330,6 @@ def test_unknown_keys_are_kept(tmp_path):
     assert json.loads((tmp_path / "again/config.json").read_text()) == values
 
 
-# Saving
-
-
-def test_saving_keeps_other_files(tmp_path):
-    (tmp_path / "tokenizer.json").write_text("{}")
-    saved(tmp_path)
-    ours = saved(tmp_path, head="mlm")
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"tokenizer.json", "config.json", "model.safetensors"}
-    assert_same(from_pretrained(tmp_path, "mlm").state_dict(), ours.state_dict())
-
-
-def test_a_failed_save_leaves_the_old_model(tmp_path, monkeypatch):
-    ours = saved(tmp_path)
-    monkeypatch.setattr(checkpoint, "write_atomically", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        Model(tiny.config(num_hidden_layers=1)).save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
-    assert_same(from_pretrained(tmp_path).state_dict(), ours.state_dict())
-
-
 # Errors
 
 
@@ -276,6 +347,16 @@ def truncate(name, pickle=False):
             pickled(directory)
         content = (directory / name).read_bytes()
         (directory / name).write_bytes(content[: len(content) // 2])
+
+    return damage
+
+
+def index(text):
+    """The weights' file becomes an index with this text."""
+
+    def damage(directory):
+        file = (directory / "model.safetensors").rename(directory / "model.safetensors.index.json")
+        file.write_text(text)
 
     return damage
 
@@ -307,9 +388,11 @@ LAYER = "deberta__encoder__layer__0__output__dense__bias"
         (lambda d: (d / "config.json").write_bytes(b"\xff"), "config.json is not valid JSON: "),
         (write("config.json", "[]"), "config.json must hold a JSON object with a model_type"),
         (write("config.json", "{}"), "config.json must hold a JSON object with a model_type"),
-        (write("config.json", '{"model_type": "bert"}'), "model_type must be one of .*'bert'"),
-        (write("model.safetensors.index.json", "{"), "index.json is not a JSON object with a wei"),
-        (write("model.safetensors.index.json", "{}"), "index.json is not a JSON object with a we"),
+        (write("config.json", '{"model_type": "gpt2"}'), "one of deberta, .*, bert; got 'gpt2'"),
+        (index("{"), "index.json is not a JSON object with a weight_map"),
+        (index("{}"), "index.json is not a JSON object with a weight_map"),
+        (lambda d: torch.save({"x": 1}, pickled(d)), "pytorch_model.bin is damaged, or holds mor"),
+        (change(bert__encoder__rel_embeddings__weight=torch.ones(1)), "holds .* twice, under two"),
         (change(**{LAYER: None}), "missing backbone.encoder.layer.0.output.dense.bias"),
         (change(**{LAYER: torch.ones(5)}), "of another shape backbone.encoder.layer.0.output.den"),
         (change(novelty=torch.ones(5)), "does not match the model: unexpected novelty"),
@@ -340,7 +423,7 @@ def test_nothing_is_loaded_from_a_checkpoint_that_does_not_match(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"head": "nope"}, "head must be one of base, mlm, .*choice; got 'nope'"),
+        ({"head": "nope"}, "head must be one of base, mlm, .*choice.*; got 'nope'"),
         ({"hiden_size": 3}, "config has no field 'hiden_size'"),
     ],
 )

@@ -239,8 +239,6 @@ def _config_values(directory: Path, weights: str | None) -> dict[str, Any] | Non
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict) or not {"model_type", "hidden_size"} & set(values):
         raise ValueError(f"{path} must hold a JSON object with a model_type")
-    if path.name == _MICROSOFT_CONFIG:
-        values = {**layouts.MICROSOFT_DEFAULTS, **values}
     for theirs, ours in layouts.MICROSOFT_FIELDS:
         outer, _, inner = theirs.partition(".")
         value = values.get(outer)

@@ -202,18 +202,12 @@ BERT_DEFAULTS: dict[str, Any] = {
     "layer_norm_eps": 1e-12,
 }
 
-# Fields of Microsoft's own configs (a dot: inside an object) -> ours; and what they may leave out.
+# Fields of Microsoft's own configs (a dot: inside an object) -> ours.
 MICROSOFT_FIELDS: Rows = [
     ("padding_idx", "pad_token_id"),
     ("pooling.dropout", "pooler_dropout"),
     ("pooling.hidden_act", "pooler_hidden_act"),
 ]
-MICROSOFT_DEFAULTS: dict[str, Any] = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-}
 
 # Microsoft's newer code saves a v1 model in v2's arrangement: its fused projection taken apart.
 REARRANGED_V1: dict[str, Any] = {
