@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attention import DisentangledAttention
 from .op import disentangled_attention
 from .relative_position import RelativePosition
 
@@ -28,6 +27,7 @@ _KNOWN = (
     "transformers.activations",
     "transformers.models.deberta.",
     "transformers.models.deberta_v2.",
+    "transformers.models.electra.",
 )
 
 _NORMS = ("LayerNorm", "DebertaLayerNorm")
@@ -81,7 +81,8 @@ class Inference:
 
         Args:
             encoder: has `layer`, a list of layers with transformers' attribute names around a
-                DisentangledAttention, and may have `conv`.
+                DisentangledAttention (or a class of this package with its `joint_projection`,
+                `project_positions` and sizes), and may have `conv`.
             table: gives the relative table, [2 * span, hidden] or None.
             x: [B, L, hidden]; or packed [T, hidden] with `cu_seqlens`.
             mask: [B, L] (or [T]), nonzero = a token to attend to; None: all are.
@@ -109,13 +110,14 @@ class Inference:
         else:
             tokens = _Tokens.of(x, mask)
         conv = getattr(encoder, "conv", None)
+        packed = () if cu_seqlens is None else (cu_seqlens,)  # Of which ours alone knows.
         rows = tokens.pack(x)
         states: list[Tensor] = []
         for layer in layers:
             if len(rows):
                 rows = layer(rows, tokens)
             if conv is not None and not states:
-                rows = tokens.pack(conv(x, tokens.pad(rows, x), mask))
+                rows = tokens.pack(conv(x, tokens.pad(rows, x), mask, *packed))
             states.append(rows)
         if tokens.kept is None:
             return [x, *(tokens.pad(rows, x) for rows in states)]
@@ -125,7 +127,7 @@ class Inference:
         self, encoder: Any, table: Callable[[], Tensor | None], dtype: torch.dtype
     ) -> "list[_Layer] | None":
         prepared = self._prepared
-        if prepared is not None and not prepared.watch.unchanged():
+        if prepared is not None and not prepared.watch.unchanged(encoder):
             prepared = self._prepared = None
         if prepared is not None:
             return None if prepared.dtype != dtype or prepared.watch.busy() else prepared.layers
@@ -250,7 +252,9 @@ class _Watch:
         self.modules = list(root.modules())
         self.classes = list(map(type, self.modules))
         self.parts = [m.__dict__ for m in self.modules[1:]]
-        self.hooks = [d[h] for d in self.parts for h in ("_forward_hooks", "_forward_pre_hooks")]
+        self.hooks = [
+            d[h].values() for d in self.parts for h in ("_forward_hooks", "_forward_pre_hooks")
+        ]
         self.trees = [m._modules for m in self.modules if m._modules]
         self.tables = [m._parameters for m in self.modules if m._parameters]
         self.children = _values(self.trees)
@@ -265,9 +269,11 @@ class _Watch:
         self.samples = [p.detach()[i].view(1) for p, i in zip(self.tensors, middles, strict=True)]
         self.values = torch.cat(self.samples)
 
-    def unchanged(self) -> bool:
+    def unchanged(self, root: nn.Module) -> bool:
+        # A shallow copy of a module (as DataParallel makes) shares its Inference.
         return (
-            _same(self.classes, list(map(type, self.modules)))
+            root is self.modules[0]
+            and _same(self.classes, list(map(type, self.modules)))
             and _same(self.children, _values(self.trees))
             and _same(self.parameters, _values(self.tables))
             and self.versions == [p._version for p in self.versioned]
@@ -277,7 +283,14 @@ class _Watch:
 
     def busy(self) -> bool:
         """Whether a part trains, has hooks, or has a forward of its own."""
-        return any(self.hooks) or any(d["training"] or "forward" in d for d in self.parts)
+        hooked = any(self.hooks) and any(map(_changes, chain.from_iterable(self.hooks)))
+        return hooked or any(d["training"] or "forward" in d for d in self.parts)
+
+
+def _changes(hook: Callable) -> bool:
+    # transformers leaves hooks behind that record outputs when a call asks for them: these calls
+    # do not come here.
+    return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
 
 
 def _values(tables: Iterable[dict[str, Any]]) -> list[Any]:
@@ -343,6 +356,7 @@ def _repeatable(encoder: Any, dtype: torch.dtype) -> bool:
     """Whether _Layer computes what the encoder's layers do, in `dtype`."""
     return (
         len(encoder.layer) > 0
+        and any(True for _ in encoder.parameters())  # DataParallel's copies have none.
         and all(type(m).__module__.startswith(_KNOWN) for m in encoder.modules())
         and all(_is_plain(p, dtype) for p in encoder.parameters())
         and all(map(_is_repeatable, encoder.layer))
@@ -359,8 +373,8 @@ def _is_repeatable(layer: Any) -> bool:
     attention = layer.attention.self
     outputs = (layer.attention.output, layer.output)
     return (
-        type(attention) is DisentangledAttention
-        and attention.head_logits_proj is None
+        type(attention).__module__.startswith("fastdeberta.")
+        and getattr(attention, "head_logits_proj", None) is None
         and all(type(m) in (nn.Linear, nn.Dropout) for m in attention.children())
         and all(type(m.dense) is nn.Linear for m in (layer.intermediate, *outputs))
         and all(type(m.LayerNorm).__name__ in _NORMS for m in outputs)

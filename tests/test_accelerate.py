@@ -2,25 +2,29 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import tiny
 import torch
+import transformers
 from closeness import assert_close
 from torch import nn
 from transformers import (
     DebertaConfig,
-    DebertaForMaskedLM,
-    DebertaForSequenceClassification,
     DebertaModel,
     DebertaV2Config,
-    DebertaV2ForSequenceClassification,
     DebertaV2Model,
     ElectraConfig,
+    ElectraForCausalLM,
     ElectraModel,
+    RobertaConfig,
+    RobertaModel,
 )
 
-from fastdeberta import DisentangledAttention, RelativePosition, accelerate, restore
+from fastdeberta import RelativePosition, accelerate, restore
+
+IS_4 = transformers.__version__.startswith("4.")
 
 V1 = tiny.SIZES | {
     "relative_attention": True,
@@ -28,23 +32,69 @@ V1 = tiny.SIZES | {
     "max_relative_positions": 16,
     "position_biased_input": False,
 }
+# Without tie_word_embeddings=False, transformers 4.57 ties lm_head.dense, which it takes for the
+# output embeddings of legacy=False, to the word embeddings, and its forward fails.
+V1_MLM = V1 | {"legacy": False, "tie_word_embeddings": False}
+ELECTRA = tiny.ELECTRA | {"attn_implementation": "eager"}
+
+
+def named(kind, config, settings, **variants):
+    return {name: (kind, config, settings | changes) for name, changes in variants.items()}
+
+
 MODELS = {
-    "v1": (DebertaModel, DebertaConfig, V1),
-    "v1-c2p": (DebertaModel, DebertaConfig, V1 | {"pos_att_type": ["c2p"]}),
-    "v1-talking": (DebertaModel, DebertaConfig, V1 | {"talking_head": True}),
-    "v1-mlm": (DebertaForMaskedLM, DebertaConfig, V1 | {"legacy": False}),
-    "v1-sequence": (DebertaForSequenceClassification, DebertaConfig, V1),
-    "v2": (DebertaV2Model, DebertaV2Config, tiny.DEBERTA),
-    "v2-conv": (DebertaV2Model, DebertaV2Config, tiny.DEBERTA | {"conv_kernel_size": 3}),
-    "v2-p2c": (
+    **named(
+        DebertaModel,
+        DebertaConfig,
+        V1,
+        **{
+            "v1": {},
+            "v1-c2p": {"pos_att_type": ["c2p"]},
+            "v1-p2c": {"pos_att_type": "p2c"},
+            "v1-p2p": {"pos_att_type": "p2p|c2p|p2c"},
+            "v1-talking": {"talking_head": True},
+            "v1-c2c": {"relative_attention": False},
+            "v1-positions": {"position_biased_input": True, "type_vocab_size": 2},
+        },
+    ),
+    **named(
         DebertaV2Model,
         DebertaV2Config,
-        tiny.DEBERTA | {"pos_att_type": ["p2c"], "share_att_key": False, "position_buckets": -1},
+        tiny.DEBERTA,
+        **{
+            "v2": {},
+            "v2-conv": {"conv_kernel_size": 3, "conv_act": "gelu"},
+            "v2-c2p": {"pos_att_type": "c2p", "norm_rel_ebd": "none"},
+            "v2-p2c": {"pos_att_type": ["p2c"], "share_att_key": False, "position_buckets": -1},
+            "v2-own-keys": {"share_att_key": False, "hidden_act": "relu"},
+            "v2-c2c": {"relative_attention": False},
+            "v2-positions": {"position_biased_input": True, "type_vocab_size": 2},
+            "v2-embedding": {"embedding_size": 20, "max_relative_positions": -1},
+        },
     ),
-    "v2-c2c": (DebertaV2Model, DebertaV2Config, tiny.DEBERTA | {"relative_attention": False}),
-    "v2-sequence": (DebertaV2ForSequenceClassification, DebertaV2Config, tiny.DEBERTA),
+    **named(
+        ElectraModel,
+        ElectraConfig,
+        tiny.ELECTRA,
+        **{
+            "electra": {"attn_implementation": "eager"},
+            "electra-sdpa": {} if IS_4 else {"attn_implementation": "sdpa"},
+            "electra-embedding": {"embedding_size": 32, "hidden_act": "relu"},
+            "electra-chunks": {"chunk_size_feed_forward": 1},
+            # Of transformers 4.57; later ones leave it out.
+            "electra-relative": {"position_embedding_type": "relative_key_query"},
+        },
+    ),
 }
-FAMILIES = ["v1", "v2"]
+FAMILIES = ["v1", "v2", "electra"]
+DEBERTA = ["v1", "v2"]
+
+# Every class that transformers has.
+CLASSES = sorted(
+    name
+    for name in dir(transformers)
+    if re.fullmatch(r"(Deberta|DebertaV2|Electra)(Model|For[A-Z]\w*)", name)
+)
 
 LENGTHS = torch.tensor([41, 23, 1])
 MASK = (torch.arange(41) < LENGTHS[:, None]).long()
@@ -57,7 +107,8 @@ def model_of(name, **changes):
 
 
 def attentions(model):
-    return [m for m in model.modules() if isinstance(m, DisentangledAttention)]
+    """Those on our op."""
+    return [m for m in model.modules() if hasattr(m, "backend")]
 
 
 def first(output):
@@ -65,26 +116,29 @@ def first(output):
     return output[0]
 
 
-def run(model, dtype, **options):
+def run(model, dtype, inputs, **options):
     model = copy.deepcopy(model).to(dtype)
-    output = model(**INPUTS, **options)
-    out = first(output)
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
-    (out * weights).sum().backward()
-    results = {"out": out}
-    results |= {f"probs {i}": p for i, p in enumerate(output.get("attentions") or ())}
+    inputs = {k: x.to(dtype) if x.is_floating_point() else x for k, x in inputs.items()}
+    output = model(**inputs, **options)
+    results = {name: x for name, x in output.items() if isinstance(x, torch.Tensor)}
+    generator = torch.Generator().manual_seed(3)
+    loss = sum((x * torch.randn(x.shape, generator=generator)).sum() for x in results.values())
+    loss.backward()
+    for name in ("attentions", "hidden_states"):
+        results |= {f"{name} {i}": x for i, x in enumerate(output.get(name) or ())}
     grads = {f"d {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
     return results, grads
 
 
-def assert_parity(theirs, ours, **options):
+def assert_parity(theirs, ours, inputs=INPUTS, **options):
     """Ours is as near to transformers in float64 as transformers in float32 is."""
-    runs = [run(theirs, torch.float64, **options), run(theirs, torch.float32, **options)]
-    runs.append(run(ours, torch.float32, **options))
-    # Sums over tokens grow with the weights; the rule's allowance is for values near one.
-    sizes = {name: grad.abs().max().clamp(min=1) for name, grad in runs[0][1].items()}
+    models = ((theirs, torch.float64), (theirs, torch.float32), (ours, torch.float32))
+    runs = [run(model, dtype, inputs, **options) for model, dtype in models]
+    # The rule's allowance is for values near one, and sums over tokens are not. One scale for all:
+    # of gradients that cancel out (a key's bias) only the rounding of the others is left.
+    size = max(grad.abs().max().item() for grad in runs[0][1].values())
     truth, peer, mine = (
-        results | {name: grad / sizes[name] for name, grad in grads.items()}
+        results | {name: grad / max(size, 1) for name, grad in grads.items()}
         for results, grads in runs
     )
     assert_close(mine, peer, truth, torch.float32)
@@ -99,23 +153,96 @@ def test_same_numbers(name, training):
     assert_parity(theirs, ours)
 
 
+def labels_of(name, ids):
+    """What a class takes as labels, and its inputs."""
+    inputs, first_of = dict(INPUTS), ids[:, 0] % 2
+    if "QuestionAnswering" in name:
+        return inputs | {"start_positions": first_of, "end_positions": first_of * 3}
+    if "MultipleChoice" in name:
+        inputs = {key: x[None] for key, x in inputs.items()}
+        return inputs | {"labels": torch.tensor([1])}
+    if "Sequence" in name:
+        return inputs | {"labels": first_of}
+    if "Token" in name or "PreTraining" in name:
+        return inputs | {"labels": ids % 2}
+    return inputs if name.endswith("Model") else inputs | {"labels": ids}
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_class(name, side, training):
+    """Losses too, of which those of question answering read padding."""
+    family = re.match("DebertaV2|Deberta|Electra", name)[0]
+    _, config, settings = MODELS[{"Deberta": "v1", "DebertaV2": "v2", "Electra": "electra"}[family]]
+    settings = settings | ({"tie_word_embeddings": False} if "MaskedLM" in name else {})
+    theirs = tiny.randomize(getattr(transformers, name)(config(**settings))).train(training)
+    ours = accelerate(copy.deepcopy(theirs))
+    assert len(attentions(ours)) == theirs.config.num_hidden_layers
+    inputs = labels_of(name, INPUTS["input_ids"])
+    if side == "left":
+        inputs = {key: x.flip(-1) if x.size(-1) == 41 else x for key, x in inputs.items()}
+    assert_parity(theirs, ours, inputs)
+
+
+def test_every_class_is_known():
+    assert len(CLASSES) >= 19 and {"DebertaModel", "ElectraForCausalLM"} < set(CLASSES)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
-def test_position_terms_matter_here(name):
+def test_small_errors_show(name):
     """The negative control: weights at their initial size would hide a missing bias."""
     theirs = model_of(name)
     ours = accelerate(copy.deepcopy(theirs))
     attention = attentions(ours)[0]
-    bias = attention.pos_q_proj.bias if name == "v1" else attention.query_proj.bias
+    names = {"v1": "pos_q_proj", "v2": "query_proj", "electra": "query"}
     with torch.no_grad():
-        bias += 1e-4
-    with pytest.raises(AssertionError, match="out: max error"):
+        getattr(attention, names[name]).bias.add_(1e-4)
+    with pytest.raises(AssertionError, match="last_hidden_state: max error"):
         assert_parity(theirs, ours)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_output_attentions(name):
+ARGUMENTS = {
+    "no-mask": lambda: {"input_ids": INPUTS["input_ids"]},
+    "full-mask": lambda: {"input_ids": INPUTS["input_ids"], "attention_mask": torch.ones(3, 41)},
+    "embeds": lambda: {"inputs_embeds": torch.randn(3, 41, 32), "attention_mask": MASK},
+    "positions": lambda: INPUTS | {"position_ids": torch.arange(41).flip(0)[None]},
+    "types": lambda: INPUTS | {"token_type_ids": INPUTS["input_ids"] % 2},
+    "holes": lambda: INPUTS | {"attention_mask": MASK * (torch.arange(41) % 3 != 1)},
+    "one-token": lambda: {"input_ids": INPUTS["input_ids"][:, :1]},
+}
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS)
+@pytest.mark.parametrize("name", ["v1-positions", "v2-positions", "electra-embedding"])
+def test_arguments(name, arguments):
     theirs = model_of(name)
-    assert_parity(theirs, accelerate(copy.deepcopy(theirs)), output_attentions=True)
+    ours = accelerate(copy.deepcopy(theirs))
+    inputs = ARGUMENTS[arguments]()
+    assert_parity(theirs, ours, inputs)
+    with torch.no_grad():
+        got, expected = (first(model(**inputs)) for model in (ours, theirs))
+    valid = inputs.get("attention_mask", torch.ones(got.shape[:2])).bool()
+    torch.testing.assert_close(got[valid], expected[valid], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("output", ["output_attentions", "output_hidden_states"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_outputs(name, output):
+    theirs = model_of(name)
+    ours = accelerate(copy.deepcopy(theirs))
+    assert_parity(theirs, ours, **{output: True})
+    for model in (theirs, ours):  # Asked for by the config.
+        setattr(model.config, output, True)
+    with torch.no_grad():
+        got, expected = (model(**INPUTS) for model in (ours, theirs))
+        tuples = [model(**INPUTS, return_dict=False) for model in (ours, theirs)]
+    assert got.keys() == expected.keys() and [len(x) for x in tuples] == [len(got)] * 2
+    got, expected = (x[output.removeprefix("output_")] for x in (got, expected))
+    assert type(got) is tuple and len(got) == len(expected) >= 3
+    for mine, truth in zip(got, expected, strict=True):
+        rows = [x.movedim(-2, 1)[MASK.bool()] for x in (mine, truth)]
+        torch.testing.assert_close(*rows, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
@@ -123,7 +250,8 @@ def test_output_attentions(name):
 def test_gradient_checkpointing(name):
     theirs = model_of(name).train()
     ours = accelerate(copy.deepcopy(theirs))
-    ours.gradient_checkpointing_enable()
+    # Not reentrant: transformers 4.57's default goes through norm_rel_ebd's graph twice.
+    ours.gradient_checkpointing_enable({"use_reentrant": False})
     assert_parity(theirs, ours)
 
 
@@ -135,7 +263,7 @@ def test_dropout_in_training_only(name):
     assert not torch.equal(first(ours(**INPUTS)), first(ours(**INPUTS)))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", DEBERTA)
 def test_nothing_quadratic_is_built_for_a_2d_mask(name):
     ours = accelerate(model_of(name))
     seen = []
@@ -147,7 +275,7 @@ def test_nothing_quadratic_is_built_for_a_2d_mask(name):
     assert max(x.dim() for x in seen[1:] if isinstance(x, torch.Tensor)) == 2
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", DEBERTA)
 @pytest.mark.parametrize("dims", [2, 3, 4])
 def test_masks_given_to_the_encoder(name, dims):
     theirs = model_of(name)
@@ -159,7 +287,7 @@ def test_masks_given_to_the_encoder(name, dims):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", DEBERTA)
 def test_distances_given_to_the_encoder(name):
     theirs = model_of(name)
     ours = accelerate(copy.deepcopy(theirs))
@@ -172,6 +300,87 @@ def test_distances_given_to_the_encoder(name):
     )
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert (plain - got).abs().max() > 0.1
+
+
+# ELECTRA where transformers' own attention runs
+
+
+def decoder(**changes):
+    config = ElectraConfig(**ELECTRA | {"is_decoder": True, "use_cache": True, **changes})
+    return tiny.randomize(ElectraForCausalLM(config))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_decoder(training):
+    theirs = decoder().train(training)
+    ours = accelerate(copy.deepcopy(theirs))
+    for inputs in (INPUTS, {"input_ids": INPUTS["input_ids"]}):
+        got, expected = (model(**inputs, labels=inputs["input_ids"]) for model in (ours, theirs))
+        assert torch.equal(got.logits, expected.logits) and torch.equal(got.loss, expected.loss)
+    bidirectional = accelerate(decoder(is_decoder=False))  # The control.
+    assert (bidirectional(**INPUTS).logits - expected.logits).abs().max() > 0.1
+
+
+def test_generation_with_a_cache():
+    theirs = decoder()
+    ours = accelerate(copy.deepcopy(theirs))
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    got, expected = (
+        model.generate(INPUTS["input_ids"][:1, :7], **options) for model in (ours, theirs)
+    )
+    assert got.shape == (1, 12) and torch.equal(got, expected)
+
+
+def test_cross_attention():
+    theirs = decoder(add_cross_attention=True)
+    ours = accelerate(copy.deepcopy(theirs))
+    seen = {"encoder_hidden_states": torch.randn(3, 5, 32)}
+    got, expected = (model(**INPUTS, **seen).logits for model in (ours, theirs))
+    assert torch.equal(got, expected)
+    assert not torch.equal(got, ours(**INPUTS).logits)
+
+
+@pytest.mark.parametrize("kind", ["rows", "bias", "keys", "heads"])
+@pytest.mark.parametrize("name", ["electra", "electra-sdpa"])
+def test_masks_given_to_the_electra_encoder(name, kind):
+    theirs = model_of(name)
+    ours = accelerate(copy.deepcopy(theirs))
+    lower = torch.finfo(torch.float32).min
+    hidden = ~MASK[:, None, None].bool()
+    mask = {
+        "rows": torch.ones(41, 41).triu(1)[None, None].expand(3, 1, 41, 41) * lower,
+        "bias": torch.randn(3, 1, 1, 41),
+        "keys": (hidden * lower).expand(3, 1, 41, 41).contiguous(),
+        "heads": torch.randn(3, 2, 1, 41),
+    }[kind]
+    x = torch.randn(3, 41, 32)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            got, expected = (model.encoder(x, mask)[0] for model in (ours, theirs))
+        rows = slice(None) if grad or kind != "keys" else MASK.bool()
+        torch.testing.assert_close(got[rows], expected[rows], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(IS_4, reason="ELECTRA of transformers 4.57 has eager attention only")
+@pytest.mark.parametrize("name", ["eager", "sdpa", "elsewhere"])
+def test_attention_implementations(name):
+    """One that a user registered stays; ours takes the place of the two that are built in."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return sdpa_attention_forward(*args, **kwargs)
+
+    AttentionInterface.register("elsewhere", counted)
+    model = model_of("electra")
+    expected = first(model(input_ids=INPUTS["input_ids"]))
+    accelerate(model).config._attn_implementation = name
+    got = first(model(input_ids=INPUTS["input_ids"]))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert len(calls) == (3 if name == "elsewhere" else 0)
 
 
 # What stays as it was
@@ -276,10 +485,17 @@ def test_copies(name, clone):
 # Errors
 
 
-@pytest.mark.parametrize("model", [ElectraModel(ElectraConfig(**tiny.ELECTRA)), nn.Linear(2, 2)])
+@pytest.mark.parametrize(
+    "model",
+    [
+        RobertaModel(RobertaConfig(**tiny.SIZES)),
+        nn.Linear(2, 2),
+    ],
+    ids=lambda model: type(model).__name__,
+)
 def test_nothing_to_accelerate(model):
     name = type(model).__name__
-    with pytest.raises(ValueError, match=f"no DeBERTa attention to accelerate in {name}; expected"):
+    with pytest.raises(ValueError, match=f"no DeBERTa or ELECTRA attention .* in {name}; expected"):
         accelerate(model)
 
 

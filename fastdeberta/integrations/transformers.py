@@ -1,6 +1,6 @@
-"""accelerate() and restore(): a loaded transformers DeBERTa on our attention, in place."""
+"""accelerate() and restore(): transformers' DeBERTa and ELECTRA on our attention, in place."""
 
-from functools import partial
+from importlib import import_module
 from typing import Any, TypeVar
 
 from torch import nn
@@ -11,18 +11,34 @@ from ..inference import Inference, States
 
 M = TypeVar("M", bound=nn.Module)
 
-# transformers' attention classes: the modules of these names are the same arithmetic.
-_PACKAGES = ("transformers.models.deberta.", "transformers.models.deberta_v2.")
-_ATTENTION = "DisentangledSelfAttention"
-_ENCODERS = ("DebertaEncoder", "DebertaV2Encoder")
-_MODELS = ("DebertaModel", "DebertaV2Model")
+# transformers' classes, by module below transformers.models and name. DeBERTa's attention is
+# replaced by a DisentangledAttention, which takes over its parts.
+_REPLACED = {
+    ("deberta.modeling_deberta", "DisentangledSelfAttention"),
+    ("deberta_v2.modeling_deberta_v2", "DisentangledSelfAttention"),
+}
+# Modules of these classes stay, and get the subclass of that name in a module of this package.
+_SUBCLASSED = {
+    ("deberta.modeling_deberta", "DebertaEncoder"): "deberta",
+    ("deberta_v2.modeling_deberta_v2", "DebertaV2Encoder"): "deberta",
+    ("electra.modeling_electra", "ElectraSelfAttention"): "electra",
+    ("electra.modeling_electra", "ElectraEncoder"): "electra",
+}
+_HOOKED = {
+    ("deberta.modeling_deberta", "DebertaModel"),
+    ("deberta_v2.modeling_deberta_v2", "DebertaV2Model"),
+}
 
 
 def accelerate(model: M, backend: str = "auto", inference: bool = True) -> M:
-    """Puts every DeBERTa (v1, v2, v3) attention inside a transformers model on our op, in place.
+    """Puts every DeBERTa (v1, v2, v3) and ELECTRA attention inside a model on our op, in place.
 
     Parameters stay the same objects under the same names: state_dict, optimisers and saving are
-    untouched. Encoders stop building [L, L] positions and [B, L, L] masks for a [B, L] mask.
+    untouched, adapters (peft) can be added before or after. Encoders of DeBERTa stop building
+    [L, L] positions and [B, L, L] masks for a [B, L] mask. What the op does not cover runs as
+    before: attention probabilities, a cache, causal and cross-attention of ELECTRA as a decoder.
+    So does, on torch's scaled_dot_product_attention, a padded batch of ELECTRA outside of
+    `inference`: in transformers its padding attends too, which losses over all tokens read.
 
     With `inference`, an encoder in eval mode without gradients, on the CPU, in float32 or bfloat16,
     also runs the rest of its layers faster: weights packed for oneDNN, query, key and value in one
@@ -51,23 +67,26 @@ def accelerate(model: M, backend: str = "auto", inference: bool = True) -> M:
             if isinstance(child, DisentangledAttention):  # Accelerated before: only the backend.
                 child.backend = backend
                 found += 1
-            elif _is(child, _ATTENTION):
+            elif _key(child) in _REPLACED:
                 setattr(module, name, _replacement(child, _config(module, child), backend))
                 found += 1
     for module in model.modules():
-        if any(_is(module, name) for name in _ENCODERS):
-            _quiet(module)
-            _infer(module, inference)
-        elif any(_is(module, name) for name in _MODELS):
+        subclass = _subclass(module)
+        if subclass is not None and subclass.fits(module):
+            module.__class__ = subclass
+            subclass.accelerated(module, backend, inference)
+            found += 1
+        elif _key(module) in _HOOKED:
             _unhook(module)
             if inference:
-                module.register_forward_hook(_plain_states)
+                module.register_forward_hook(plain_states)
         elif "inference" in module.__dict__:  # An encoder of fastdeberta.models.
             module.__dict__["inference"] = Inference() if inference else None
     if not found:
         raise ValueError(
-            f"model: no DeBERTa attention to accelerate in {type(model).__name__}; expected "
-            "transformers' DebertaModel or DebertaV2Model, or a model that contains one"
+            f"model: no DeBERTa or ELECTRA attention to accelerate in {type(model).__name__}; "
+            "expected transformers' DebertaModel, DebertaV2Model or ElectraModel, one of their "
+            "For... classes, or a model that contains one"
         )
     return model
 
@@ -81,23 +100,34 @@ def restore(model: M) -> M:
     found = 0
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            original = child.__dict__.get("_original")
-            if original is not None:
-                original[0].train(child.training)
-                setattr(module, name, original[0])
+            if "_original" in child.__dict__:
+                setattr(module, name, _restored(child))
                 found += 1
-        if any(_is(module, name) for name in _ENCODERS):
-            for name in ("get_rel_pos", "get_attention_mask", "forward", "inference"):
-                module.__dict__.pop(name, None)
+        if type(module).__module__.startswith(f"{__package__}."):
+            kind: Any = type(module)
+            kind.restored(module)
+            module.__class__ = kind.__bases__[-1]
+            found += 1
         _unhook(module)
     if not found:
         raise ValueError(f"model: {type(model).__name__} holds no accelerated attention")
     return model
 
 
-def _is(module: nn.Module, name: str) -> bool:
-    kind = type(module)
-    return kind.__name__ == name and kind.__module__.startswith(_PACKAGES)
+def _key(module: nn.Module) -> tuple[str, str]:
+    package, _, path = type(module).__module__.partition(".models.")
+    return (path if package == "transformers" else ""), type(module).__name__
+
+
+def _subclass(module: nn.Module) -> Any:
+    """Our subclass for a module of transformers, or that it already has."""
+    if type(module).__module__.startswith(f"{__package__}."):
+        return type(module)
+    name = _SUBCLASSED.get(_key(module))
+    if name is None:
+        return None
+    # Only now: these modules import transformers' models.
+    return getattr(import_module(f"{__package__}.{name}"), type(module).__name__)
 
 
 def _config(parent: nn.Module, attention: nn.Module):
@@ -111,97 +141,43 @@ def _config(parent: nn.Module, attention: nn.Module):
 
 
 def _replacement(original: nn.Module, config, backend: str) -> DisentangledAttention:
-    """A DisentangledAttention around the original's own submodules and parameters."""
+    """A DisentangledAttention around the original's own submodules, parameters and hooks."""
     ours = DisentangledAttention(config)
-    for name, part in original.named_children():
-        setattr(ours, name, part)
-    for name, parameter in original.named_parameters(recurse=False):
-        setattr(ours, name, parameter)
+    _hand_over(original, ours)
     ours.backend = backend
     ours.train(original.training)
     ours.__dict__["_original"] = (original,)  # In a tuple, so that it is no submodule.
     return ours
 
 
-def _quiet(encoder: nn.Module) -> None:
-    """Lets an encoder pass on the mask and the position rule it was given, unexpanded."""
-    rules = [
-        module.relative_position
-        for module in encoder.modules()
-        if isinstance(module, DisentangledAttention) and module.relative_attention
-    ]
-    # Functions of this module, so that the model can still be pickled and copied.
-    encoder.__dict__["get_rel_pos"] = partial(_get_rel_pos, rules[0] if rules else None)
-    encoder.__dict__["get_attention_mask"] = partial(_get_attention_mask, encoder)
+def _restored(ours: nn.Module) -> nn.Module:
+    """The original, with what became of its parts: adapters, parameters loaded by assignment."""
+    (original,) = ours.__dict__["_original"]
+    _hand_over(ours, original)
+    return original.train(ours.training)
 
 
-def _get_rel_pos(rule, hidden_states, query_states=None, relative_pos=None):
-    return rule if relative_pos is None else relative_pos
+def _hand_over(source: nn.Module, target: nn.Module) -> None:
+    for name, part in source.named_children():
+        setattr(target, name, part)
+    for name, parameter in source.named_parameters(recurse=False):
+        setattr(target, name, parameter)
+    for name, value in source.__dict__.items():
+        # The same dictionaries, so that handles still remove.
+        if name.endswith("_hooks") or "_hooks_" in name or name == "_is_full_backward_hook":
+            target.__dict__[name] = value
 
 
-def _get_attention_mask(encoder: Any, attention_mask):
-    if attention_mask.dim() == 2:
-        return attention_mask
-    return type(encoder).get_attention_mask(encoder, attention_mask)
+def _unhook(module: nn.Module) -> None:
+    hooks = module._forward_hooks
+    for key in [key for key, hook in hooks.items() if hook is plain_states]:
+        del hooks[key]
 
 
-def _infer(encoder: nn.Module, inference: bool) -> None:
-    """Gives an encoder another way through its layers for calls that need no gradient."""
-    for name in ("forward", "inference"):
-        encoder.__dict__.pop(name, None)
-    if inference:
-        encoder.__dict__["inference"] = Inference()
-        encoder.__dict__["forward"] = partial(_forward, encoder)
-
-
-def _forward(
-    encoder: Any,
-    hidden_states,
-    attention_mask,
-    output_hidden_states=True,
-    output_attentions=False,
-    query_states=None,
-    relative_pos=None,
-    return_dict=True,
-):
-    states = None
-    if not output_attentions and query_states is None and relative_pos is None:
-        states = encoder.inference.run(
-            encoder, encoder.get_rel_embedding, hidden_states, attention_mask
-        )
-    if states is None:
-        return type(encoder).forward(
-            encoder,
-            hidden_states,
-            attention_mask,
-            output_hidden_states,
-            output_attentions,
-            query_states,
-            relative_pos,
-            return_dict,
-        )
-    from transformers.modeling_outputs import BaseModelOutput
-
-    last = states[-1]
-    # transformers' models ask for all states and use the last: those of padding are put off.
-    every: Any = states if isinstance(states, States) else tuple(states)
-    if not return_dict:
-        return (last, every) if output_hidden_states else (last,)
-    return BaseModelOutput(
-        last_hidden_state=last, hidden_states=every if output_hidden_states else None
-    )
-
-
-def _plain_states(model: nn.Module, args, output):
-    """A forward hook: hidden states that leave a model are a tuple."""
+def plain_states(model: nn.Module, args, output):
+    """A forward hook of DeBERTa models: hidden states that leave them are a tuple."""
     if isinstance(output, tuple):
         return tuple(tuple(x) if isinstance(x, States) else x for x in output)
     if isinstance(output.hidden_states, States):
         output.hidden_states = tuple(output.hidden_states)
     return output
-
-
-def _unhook(module: nn.Module) -> None:
-    hooks = module._forward_hooks
-    for key in [key for key, hook in hooks.items() if hook is _plain_states]:
-        del hooks[key]

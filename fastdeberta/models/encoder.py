@@ -244,7 +244,7 @@ class Encoder(nn.Module):
         """
         if causal and self.conv is not None:
             raise ValueError("causal: a convolution shows every token the next one")
-        plain = not causal and attentions is None and (self.conv is None or cu_seqlens is None)
+        plain = not causal and attentions is None
         if self.inference is not None and plain:
             inferred = self.inference.run(
                 self, self.relative_table, x, mask, cu_seqlens, max_seqlen
