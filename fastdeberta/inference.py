@@ -7,7 +7,6 @@ and put back after the last.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from operator import is_
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .op import disentangled_attention
+from .packing import Packing, PaddedStates
 from .relative_position import RelativePosition
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -105,23 +105,28 @@ class Inference:
         layers = self._layers(encoder, table, x.dtype)
         if layers is None:
             return None
-        if cu_seqlens is not None:
-            tokens = _Tokens(x.shape[:-1], None, mask, cu_seqlens, max_seqlen)
+        packing = Packing.of(mask) if cu_seqlens is None else None
+        if packing is not None:
+            rows = packing.pack(x)
+            tokens = _Tokens(
+                rows.shape[:-1], packing.key_mask, packing.cu_seqlens, packing.max_seqlen
+            )
         else:
-            tokens = _Tokens.of(x, mask)
+            rows = x.flatten(0, -2)
+            tokens = _Tokens(
+                x.shape[:-1], None if cu_seqlens is None else mask, cu_seqlens, max_seqlen
+            )
         conv = getattr(encoder, "conv", None)
-        packed = () if cu_seqlens is None else (cu_seqlens,)  # Of which ours alone knows.
-        rows = tokens.pack(x)
         states: list[Tensor] = []
         for layer in layers:
             if len(rows):
                 rows = layer(rows, tokens)
             if conv is not None and not states:
-                rows = tokens.pack(conv(x, tokens.pad(rows, x), mask, *packed))
+                rows = _convolved(conv, x, rows, mask, packing, cu_seqlens)
             states.append(rows)
-        if tokens.kept is None:
-            return [x, *(tokens.pad(rows, x) for rows in states)]
-        return States(x, states, tokens)
+        if packing is not None:
+            return PaddedStates(states, packing, first=x)
+        return [x, *(rows.view(x.shape) for rows in states)]
 
     def _layers(
         self, encoder: Any, table: Callable[[], Tensor | None], dtype: torch.dtype
@@ -142,24 +147,20 @@ class Inference:
         return layers
 
 
-class States(Sequence[Tensor]):
-    """The embeddings and every layer's output, [B, L, hidden], padded when first read."""
-
-    def __init__(self, x: Tensor, rows: list[Tensor], tokens: "_Tokens"):
-        self._tokens = tokens
-        self._rows = [x, *rows]
-        self._padded: list[Tensor | None] = [x, *(None for _ in rows)]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, i: Any) -> Any:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
-        state = self._padded[i]
-        if state is None:
-            state = self._padded[i] = self._tokens.pad(self._rows[i], self._rows[0])
-        return state
+def _convolved(
+    conv: Any,
+    x: Tensor,
+    rows: Tensor,
+    mask: Tensor | None,
+    packing: Packing | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """The first layer's output [T, hidden] after the convolution, which reads the embeddings x."""
+    if packing is not None:
+        return packing.pack(conv(x, packing.pad(rows), mask))
+    if cu_seqlens is not None:  # Only our own convolution meets packed sequences.
+        return conv(x, rows, mask, cu_seqlens)
+    return conv(x, rows.view(x.shape), mask).flatten(0, -2)
 
 
 class PackedLinear:
@@ -301,55 +302,16 @@ def _same(a: list[Any], b: list[Any]) -> bool:
     return len(a) == len(b) and all(map(is_, a, b))
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """Where the rows of the layers' input [T, hidden] stand in the batch.
+class _Tokens(NamedTuple):
+    """What rows [T, hidden] of the layers' input are to attention.
 
-    shape: (B, L), or (T,) of packed sequences. kept: int64 [T], rows of the padded batch that are
-    left; None: all. The others: see `disentangled_attention`.
+    shape: (B, L), or (T,) of packed sequences. The others: see `disentangled_attention`.
     """
 
     shape: Sequence[int]
-    kept: Tensor | None
     key_mask: Tensor | None
     cu_seqlens: Tensor | None
     max_seqlen: int | None
-
-    @classmethod
-    def of(cls, x: Tensor, mask: Tensor | None) -> "_Tokens":
-        """Of x [B, L, hidden], the rows from each sequence's first valid token to its last."""
-        valid = None if mask is None else mask.bool()
-        if valid is None or valid.all():
-            return cls(x.shape[:-1], None, None, None, None)
-        # Positions are differences of indices: what lies between two valid tokens must stay.
-        after_first = valid.cumsum(1) > 0
-        before_last = valid.flip(1).cumsum(1).flip(1) > 0
-        run = after_first & before_last
-        lengths = run.sum(1)
-        kept = run.flatten().nonzero().squeeze(1)
-        key_mask = valid.flatten()[kept]
-        return cls(
-            kept.shape,
-            kept,
-            None if key_mask.all() else key_mask,
-            nn.functional.pad(lengths.cumsum(0), (1, 0)).int(),
-            int(lengths.max()),
-        )
-
-    def pack(self, x: Tensor) -> Tensor:
-        """x [B, L, hidden] (or packed) -> [T, hidden]."""
-        rows = x.flatten(0, -2)
-        return rows if self.kept is None else rows.index_select(0, self.kept)
-
-    def pad(self, rows: Tensor, like: Tensor) -> Tensor:
-        """[T, hidden] -> the shape of `like`, zeros where there is no valid token."""
-        if self.kept is None:
-            return rows.view(like.shape)
-        if self.key_mask is not None:
-            rows = rows.masked_fill(~self.key_mask.unsqueeze(1), 0)
-        out = like.new_zeros(like.shape)
-        out.view(-1, like.size(-1)).index_copy_(0, self.kept, rows)
-        return out
 
 
 def _repeatable(encoder: Any, dtype: torch.dtype) -> bool:

@@ -61,11 +61,15 @@ class Packing:
 
 
 class PaddedStates(Sequence[Tensor]):
-    """A model's hidden states, packed, each padded when it is first read."""
+    """A model's hidden states, packed, each padded when it is first read.
 
-    def __init__(self, states: Sequence[Tensor], packing: Packing):
-        self._states, self._packing = states, packing
-        self._padded: list[Tensor | None] = [None] * len(states)
+    first: one that stands before them and is padded already.
+    """
+
+    def __init__(self, states: Sequence[Tensor], packing: Packing, first: Tensor | None = None):
+        before: list[Tensor] = [] if first is None else [first]
+        self._states, self._packing = [*before, *states], packing
+        self._padded: list[Tensor | None] = [*before, *(None for _ in states)]
 
     def __len__(self) -> int:
         return len(self._states)

@@ -22,8 +22,8 @@ MAY_IMPORT = dict.fromkeys(LEAVES, set[str]()) | {
     "backends": {"dropout", "libraries", "relative_position"},
     "op": {"backends", "relative_position"},
     "attention": {"op", "relative_position"},
-    "inference": {"attention", "op", "relative_position"},
-    "integrations": {"attention", "backends", "inference", "op", "relative_position"},
+    "inference": {"op", "packing", "relative_position"},
+    "integrations": {"attention", "backends", "inference", "op", "packing", "relative_position"},
     "models": {"attention", "files", "inference", "op", "packing", "relative_position"},
     "training": {"attention", "files", "models"},
     "pretraining": {"datasets", "files", "models", "tokenizer", "training"},
@@ -33,6 +33,7 @@ MAY_IMPORT = dict.fromkeys(LEAVES, set[str]()) | {
 MAY_IMPORT |= {
     "bench": {"backends", "files", "op", "relative_position", "timing"},
     "info": {"backends", "libraries", "op", "relative_position"},
+    "export": {"attention", "files", "models"},
 }
 MAY_IMPORT |= {"demo": set(MAY_IMPORT)}
 MAY_IMPORT |= {"cli": set(MAY_IMPORT), "__main__": {"cli"}}

@@ -10,7 +10,8 @@ from transformers.models.deberta import modeling_deberta
 from transformers.models.deberta_v2 import modeling_deberta_v2
 
 from ..attention import DisentangledAttention
-from ..inference import Inference, States
+from ..inference import Inference
+from ..packing import PaddedStates
 from ..relative_position import RelativePosition
 
 
@@ -71,7 +72,7 @@ class _Encoder:
             )
         last = states[-1]
         # transformers' models ask for all states and use the last: those of padding are put off.
-        every: Any = states if isinstance(states, States) else tuple(states)
+        every: Any = states if isinstance(states, PaddedStates) else tuple(states)
         if not return_dict:
             return (last, every) if output_hidden_states else (last,)
         return BaseModelOutput(

@@ -7,7 +7,8 @@ from torch import nn
 
 from ..attention import DisentangledAttention
 from ..backends import MODULES
-from ..inference import Inference, States
+from ..inference import Inference
+from ..packing import PaddedStates
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -177,7 +178,7 @@ def _unhook(module: nn.Module) -> None:
 def plain_states(model: nn.Module, args, output):
     """A forward hook of DeBERTa models: hidden states that leave them are a tuple."""
     if isinstance(output, tuple):
-        return tuple(tuple(x) if isinstance(x, States) else x for x in output)
-    if isinstance(output.hidden_states, States):
+        return tuple(tuple(x) if isinstance(x, PaddedStates) else x for x in output)
+    if isinstance(output.hidden_states, PaddedStates):
         output.hidden_states = tuple(output.hidden_states)
     return output
