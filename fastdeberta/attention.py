@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .cache import KeyValueCache
+from .composed import composed_attention
 from .op import disentangled_attention
-from .relative_position import RelativePosition
+from .relative_position import RelativePosition, RowTable
 
 
 class DisentangledAttention(nn.Module):
@@ -24,8 +26,7 @@ class DisentangledAttention(nn.Module):
     Attributes:
         backend: backend of the op, "auto" by default.
         padded_rows: "uniform" (transformers' rows of masked queries) or "zeros".
-        composed: run padded batches composed also where the fused op covers them, which leaves
-            PyTorch's own operators alone in a traced graph (see `export`). False by default.
+        composed: padded batches run composed also where the fused op covers them; see `compose`.
 
     Raises:
         ValueError: sizes that do not divide, or an unknown pos_att_type.
@@ -53,6 +54,7 @@ class DisentangledAttention(nn.Module):
         self.backend = "auto"
         self.padded_rows = "uniform"
         self.composed = False
+        self._row_table: RowTable | None = None
 
         width = self.all_head_size
         if self.is_v1:
@@ -70,7 +72,6 @@ class DisentangledAttention(nn.Module):
 
         if self.relative_attention:
             self.relative_position = RelativePosition.from_config(config)
-            self._row_table = self.relative_position.table()  # Made here: no trace can make it.
             self.pos_dropout = nn.Dropout(config.hidden_dropout_prob)
             c2p, p2c = "c2p" in self.pos_att_type, "p2c" in self.pos_att_type
             if self.is_v1:
@@ -83,6 +84,14 @@ class DisentangledAttention(nn.Module):
                     self.pos_key_proj = nn.Linear(hidden, width)
                 if p2c:
                     self.pos_query_proj = nn.Linear(hidden, width)
+
+    def compose(self, composed: bool = True) -> None:
+        """Sets `composed`. Traced graphs then hold PyTorch's own operators alone, and look rows up
+        in a table instead of taking logarithms."""
+        self.composed = composed
+        self._row_table = None
+        if composed and self.relative_attention:  # Made here: no trace can make it.
+            self._row_table = self.relative_position.table()
 
     @property
     def softmax_scale(self) -> float:
@@ -105,7 +114,7 @@ class DisentangledAttention(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         causal: bool = False,
-        cache: "KeyValueCache | None" = None,
+        cache: KeyValueCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of `hidden_states` (or `query_states`) over `hidden_states`.
 
@@ -321,9 +330,11 @@ class DisentangledAttention(nn.Module):
                 - torch.arange(key_len, device=device)[None, :]
             )
             rule, table = self._rule(relative_pos), self._row_table
-            table = table if rule == self.relative_position else rule.table()
-            rows = table._replace(rows=table.rows.to(device)).lookup(distance)[None, None]
-            return rows, rows
+            if table is not None and rule == self.relative_position:
+                rows = table._replace(rows=table.rows.to(device)).lookup(distance)
+            else:
+                rows = rule.row(distance)
+            return rows[None, None], rows[None, None]
         if relative_pos.dim() not in (2, 3, 4):
             raise ValueError(
                 f"relative_pos must have 2, 3 or 4 dimensions, got {list(relative_pos.shape)}"
@@ -341,128 +352,11 @@ class DisentangledAttention(nn.Module):
         return c2p, p2c.clamp(-reach, reach - 1) + span
 
 
-class KeyValueCache:
-    """One layer's keys and values of every token so far, and its projected position tables.
-
-    Sequences end at the same place: of a shorter prompt the first places stay zeros.
-
-    Args:
-        batch: sequences.
-        capacity: places of a sequence, memory for which is taken at once.
-        prompt: places that the prompts take.
-        tokens: of packed prompts, each token's sequence and place, int64 [T] both; None: prompts
-            come as [B, prompt, hidden].
-
-    Attributes:
-        length: places in use, 0 before `fill`.
-        tables: pos_key and pos_query, [2 * span, H, D], or None.
-    """
-
-    def __init__(
-        self, batch: int, capacity: int, prompt: int, tokens: tuple[Tensor, Tensor] | None = None
-    ):
-        self.batch, self.capacity, self.prompt, self.tokens = batch, capacity, prompt, tokens
-        self.length = 0
-        self.tables: tuple[Tensor | None, Tensor | None] = (None, None)
-        self._stored: tuple[Tensor, ...] = ()  # Keys and values, [B, capacity, H, D].
-
-    def fill(
-        self, key: Tensor, value: Tensor, pos_key: Tensor | None, pos_query: Tensor | None
-    ) -> None:
-        """Keeps the prompts' key and value, [B, prompt, H, D] or packed [T, H, D]."""
-        heads, size = key.shape[-2:]
-        # In memory a head's tokens lie together, as the product of one query with them reads them.
-        self._stored = tuple(
-            x.new_zeros(self.batch, heads, self.capacity, size).transpose(1, 2)
-            for x in (key, value)
-        )
-        places = self.tokens or (slice(None), slice(self.prompt))
-        for stored, x in zip(self._stored, (key, value), strict=True):
-            stored[places] = x
-        self.length = self.prompt
-        self.tables = (pos_key, pos_query)
-
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The next token's key and value, [B, 1, H, D] -> those of all so far, [B, length, H, D].
-
-        Raises:
-            ValueError: more than one token, or more than `capacity` in all.
-        """
-        if key.size(1) != 1 or self.length == self.capacity:
-            raise ValueError(
-                f"cache takes one token at a time, {self.capacity} in all; got {key.size(1)} "
-                f"after {self.length}"
-            )
-        self.length += 1
-        for stored, x in zip(self._stored, (key, value), strict=True):
-            stored[:, self.length - 1] = x[:, 0]
-        key, value = (stored[:, : self.length] for stored in self._stored)
-        return key, value
-
-
 def set_backend(model: nn.Module, backend: str) -> None:
     """Names the attention backend of every layer."""
     for module in model.modules():
         if isinstance(module, DisentangledAttention):
             module.backend = backend
-
-
-def composed_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pos_key: Tensor | None,
-    pos_query: Tensor | None,
-    *,
-    rows: tuple[Tensor, Tensor] | None,
-    mask: Tensor | None,
-    softmax_scale: float,
-    dropout_p: float = 0.0,
-    padded_rows: str = "uniform",
-    mix_scores: nn.Module | None = None,
-    mix_probs: nn.Module | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Disentangled attention in plain differentiable PyTorch, for what the fused op leaves out.
-
-    Args:
-        query: [B, Lq, H, D]. key, value: [B, Lk, H, D]. pos_key, pos_query: [R, H, D] or None.
-        rows: int64 rows of the c2p and p2c terms, each broadcastable to [B, 1, Lq, Lk].
-        mask: bool, broadcastable to [B, H, Lq, Lk], True = attend.
-        padded_rows: what a row without any True becomes: "uniform" over its keys, as in
-            transformers, or "zeros".
-        mix_scores, mix_probs: linear maps over the head axis (talking heads, v1).
-
-    Returns:
-        context [B, Lq, H, D] and, after dropout, probabilities [B, H, Lq, Lk].
-    """
-    # Scaled before the products: float16 could not hold the sums.
-    q, k, v = (x.transpose(1, 2) for x in (query * softmax_scale, key, value))
-    scores = q @ k.transpose(-1, -2)
-    if rows is not None:
-        size = scores.shape
-        if pos_key is not None:
-            c2p = torch.einsum("bhid,rhd->bhir", q, pos_key)
-            scores = scores + c2p.gather(-1, rows[0].expand(size))
-        if pos_query is not None and query.size(1) == 1:
-            # One query meets one row a key, less work than all rows against all keys.
-            row = rows[1][:, 0, 0]  # [B or 1, Lk]
-            met = pos_query.index_select(0, row.flatten()).mul_(softmax_scale)
-            met = met.unflatten(0, row.shape).transpose(1, 2)
-            scores = scores + (k * met).sum(-1).unsqueeze(2)
-        elif pos_query is not None:
-            p2c = (pos_query * softmax_scale).transpose(0, 1) @ k.transpose(-1, -2)  # [B, H, R, Lk]
-            scores = scores + p2c.gather(-2, rows[1].expand(size))
-    if mix_scores is not None:
-        scores = mix_scores(scores.movedim(1, -1)).movedim(-1, 1)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    probs = scores.softmax(-1)
-    if mask is not None and padded_rows == "zeros":
-        probs = probs.masked_fill(~mask.any(-1, keepdim=True), 0.0)
-    probs = nn.functional.dropout(probs, dropout_p, training=dropout_p > 0)
-    if mix_probs is not None:
-        probs = mix_probs(probs.movedim(1, -1)).movedim(-1, 1)
-    return (probs @ v).transpose(1, 2), probs
 
 
 def _pos_att_type(config: Any) -> list[str]:

@@ -88,6 +88,29 @@ def finetune(
 
 
 @app.command()
+def export(
+    model: Annotated[str, typer.Option(help="directory or hub id of the checkpoint")],
+    format: Annotated[str, typer.Option(metavar="onnx|torch|transformers", help="of the file")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="directory, which also gets config.json and the tokenizer, or a .onnx or .pt2 file"
+            " (default: runs/export-FORMAT)"
+        ),
+    ] = None,
+    head: Annotated[
+        str | None, typer.Option(help="default: the one that the checkpoint's config.json names")
+    ] = None,
+    opset: Annotated[int, typer.Option(help="with onnx")] = 18,
+) -> None:
+    """Writes a checkpoint for onnxruntime, torch.export.load or transformers."""
+    from .export import export as run
+
+    for line in run(model, format, out, head, opset):
+        print(line)
+
+
+@app.command()
 def bench(
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda (default: cuda where there is one)")

@@ -11,7 +11,8 @@ from closeness import assert_close
 from torch import nn
 
 from fastdeberta import available_backends
-from fastdeberta.attention import KeyValueCache, set_backend
+from fastdeberta.attention import set_backend
+from fastdeberta.cache import KeyValueCache
 from fastdeberta.models import Model, from_pretrained
 from fastdeberta.models.generation import CachedReader, Rereader, sample
 

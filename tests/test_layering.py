@@ -14,17 +14,27 @@ from fastdeberta.backends import MODULES
 PACKAGE = "fastdeberta"
 SOURCE = Path(fastdeberta.__file__).parent
 
-LEAVES = {"datasets", "dropout", "files", "libraries", "packing", "relative_position", "timing"}
+LEAVES = {
+    "cache",
+    "composed",
+    "datasets",
+    "dropout",
+    "files",
+    "libraries",
+    "packing",
+    "relative_position",
+    "timing",
+}
 
 # Which parts of the package each part may import. A part is a module or folder of the package.
 MAY_IMPORT = dict.fromkeys(LEAVES, set[str]()) | {
     "tokenizer": {"files"},
     "backends": {"dropout", "libraries", "relative_position"},
     "op": {"backends", "relative_position"},
-    "attention": {"op", "relative_position"},
+    "attention": {"cache", "composed", "op", "relative_position"},
     "inference": {"op", "packing", "relative_position"},
     "integrations": {"attention", "backends", "inference", "op", "packing", "relative_position"},
-    "models": {"attention", "files", "inference", "op", "packing", "relative_position"},
+    "models": {"attention", "cache", "files", "inference", "op", "packing", "relative_position"},
     "training": {"attention", "files", "models"},
     "pretraining": {"datasets", "files", "models", "tokenizer", "training"},
     "finetuning": {"files", "models", "tokenizer", "training"},

@@ -334,7 +334,7 @@ def test_dropout_only_in_training():
     ],
 )
 def test_published_sizes(make, millions, embeddings):
-    """Papers and model cards round, and do not say which heads they count; transformers is exact."""
+    """Papers and model cards round, and say not which heads they count; transformers is exact."""
     config = make()
     with torch.device("meta"):
         model = Model(config)

@@ -214,7 +214,8 @@ def _allowed(encoded: Encoded) -> Tensor:
         allowed = allowed & encoded.answer_mask.bool()
     elif encoded.token_type_ids is not None:
         second = allowed & encoded.token_type_ids.bool()
-        allowed = torch.where(second.any(1, keepdim=True), second, allowed)
+        # In logical operators: onnxruntime cannot choose between booleans.
+        allowed = second | (allowed & ~second.any(1, keepdim=True))
     first = torch.arange(shape[1], device=device) == encoded.first_place.unsqueeze(1)
     return allowed | first
 

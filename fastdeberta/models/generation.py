@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..attention import KeyValueCache
+from ..cache import KeyValueCache
 from ..packing import Packing
 from .heads import CausalLMHead
 
