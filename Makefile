@@ -37,7 +37,7 @@ test: $(INSTALLED)  ## the tests but the slow, the interpreted and the simulated
 	$(BIN)/python -m pytest -q -m "not slow and not interpreted and not simulated" $(ARGS)
 
 test-slow: $(INSTALLED)  ## the slow tests
-	$(BIN)/python -m pytest -q -m "slow and not simulated" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow and not simulated" -n auto $(ARGS)
 
 # The same environment, in which an older transformers hides the newer one.
 test-transformers4: $(OLDER)/.installed  ## accelerate() under transformers 4.57, and inside GLiNER
