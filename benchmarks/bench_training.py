@@ -13,9 +13,13 @@ import pytest
 import torch
 
 from fastdeberta.attention import set_backend
-from fastdeberta.pretraining.pair import Pair
+from fastdeberta.pretraining.batches import Corruption
+from fastdeberta.pretraining.examples import Rows
+from fastdeberta.pretraining.objectives import OBJECTIVES
 from fastdeberta.pretraining.settings import PretrainSettings
 from fastdeberta.timing import interleaved
+from fastdeberta.training.distributed import to_device
+from fastdeberta.training.draws import Draws
 from fastdeberta.training.optimizer import clip_gradients, make_optimizer, parameter_groups
 
 from .cases import Shape, dtypes, pace
@@ -39,21 +43,27 @@ class Training:
             },
             generator={"num_hidden_layers": 3},
         )
-        configs = self.settings.configs(VOCABULARY, pad_token_id=0)
-        pair = Pair(*configs, self.settings.tie, mask_id=MASK, special_ids=SPECIAL)
-        self.pair = pair.to(device).train()
-        groups = parameter_groups(self.pair.parameters(), 1e-4, self.settings.weight_decay)
+        generator, config = self.settings.configs(VOCABULARY, pad_token_id=0)
+        self.objective = OBJECTIVES["electra"](config, generator=generator, tie="gdes")
+        self.objective.to(device).train()
+        groups = parameter_groups(self.objective.parameters(), 1e-4, self.settings.weight_decay)
         self.optimizer = make_optimizer(groups, self.settings)
-        size = (shape.batch, shape.length)
-        self.ids = torch.randint(len(SPECIAL), VOCABULARY, size, device=device)
+        ids = torch.randint(len(SPECIAL), VOCABULARY, (shape.batch, shape.length))
+        special = torch.zeros(VOCABULARY, dtype=torch.bool)
+        special[SPECIAL] = True
+        draws = Draws(0, 0, 0, shape.batch, shape.batch)
+        batch = Corruption(MASK, special)(Rows(ids), draws)
+        self.counts = self.objective.counts(batch)
+        self.batch = to_device(batch, torch.device(device))
         self.bf16, self.device = dtype == "bf16", device
 
     def step(self, backend: str) -> None:
-        set_backend(self.pair, backend)
+        set_backend(self.objective, backend)
         autocast = torch.autocast(self.device, torch.bfloat16) if self.bf16 else nullcontext()
         with autocast:
-            loss = self.pair.losses(self.pair(self.ids)).total(self.settings.rtd_weight)
-        loss.backward()
+            sums = self.objective(self.batch)
+        mlm, rtd = (sums[name] / self.counts[name] for name in ("mlm_loss", "rtd_loss"))
+        (mlm + self.settings.rtd_weight * rtd).backward()
         clip_gradients(self.optimizer, self.settings.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -50,14 +50,32 @@ def pretrain(
     overrides: Overrides = None,
 ) -> None:
     """Pre-trains a generator and a discriminator on text; continues an interrupted run."""
-    from .pretraining.rtd import pretrain as run
     from .pretraining.settings import PretrainSettings
+    from .pretraining.task import pretrain as run
     from .training.reporting import default_progress
     from .training.settings import apply_overrides, build, load_yaml
 
     settings = build(PretrainSettings, apply_overrides(load_yaml(config), overrides or []))
     result = run(settings, default_progress())
     _summary(result, settings.output)
+
+
+@app.command()
+def prepare(
+    config: Annotated[Path, typer.Argument(help="YAML file; see README")],
+    overrides: Overrides = None,
+) -> None:
+    """Tokenises text into shards that pre-training reads; continues an interrupted run."""
+    from .pretraining.prepare import PrepareSettings
+    from .pretraining.prepare import prepare as run
+    from .training.reporting import default_progress
+    from .training.settings import apply_overrides, build, load_yaml
+
+    settings = build(PrepareSettings, apply_overrides(load_yaml(config), overrides or []))
+    meta = run(settings, default_progress())
+    for part, count in meta["documents"].items():
+        print(f"{part}: {count} documents, {meta['tokens'][part]} tokens")
+    print(f"written: {settings.output}")
 
 
 @app.command()
@@ -170,6 +188,10 @@ def _split_file(directory: Path, name: str) -> Path:
 
 
 def _summary(result: dict[str, Any], output: str) -> None:
+    from .training.distributed import is_main
+
+    if not is_main():
+        return
     for name, value in result.items():
         if isinstance(value, float):
             print(f"{name}: {value:.4g}")

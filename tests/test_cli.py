@@ -263,7 +263,9 @@ def test_wrong_usage(arguments, capsys):
 def test_help(capsys):
     status, out, _ = run(capsys, "--help")
     assert status == 0
-    assert all(command in out for command in ("info", "demo", "pretrain", "finetune"))
+    assert all(
+        command in out for command in ("info", "demo", "prepare", "pretrain", "finetune", "export")
+    )
 
 
 # Failures: status 1
@@ -290,7 +292,7 @@ def test_failures(error, message, place, capsys, monkeypatch):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("fastdeberta.pretraining.rtd.pretrain", fail)
+    monkeypatch.setattr("fastdeberta.pretraining.task.pretrain", fail)
     assert run(capsys, *PRETRAIN) == (1, "", message)
 
 

@@ -213,7 +213,8 @@ def test_a_planted_violation_is_found(path, code, complaint, tmp_path):
 
 def test_importing_the_package_imports_no_extra():
     extras = (
-        "huggingface_hub matplotlib rich safetensors sklearn tensorboard tokenizers transformers "
+        "datasets huggingface_hub matplotlib pyarrow rich safetensors sklearn tensorboard "
+        "tokenizers transformers "
         "triton typer yaml"
     )
     code = f"import sys, fastdeberta; print(*(set({extras.split()!r}) & set(sys.modules)))"

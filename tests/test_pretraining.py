@@ -1,137 +1,52 @@
-"""Replaced token detection: corruption, text, the pair, its losses and its scores."""
+"""Pre-training: what is tied, scores, the task, its settings, and short runs of all objectives."""
 
 import json
 import math
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+import transformers
+from sklearn.metrics import roc_auc_score
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from fastdeberta import tokenizer as tokenizers
 from fastdeberta.models import Model, from_pretrained
-from fastdeberta.pretraining import pair as pair_module
-from fastdeberta.pretraining import text
-from fastdeberta.pretraining.corruption import choose_positions, sample, substitute
-from fastdeberta.pretraining.pair import DeltaEmbedding, Pair
-from fastdeberta.pretraining.rtd import (
-    Corpus,
-    ReplacedTokenDetection,
-    baselines,
-    load_corpus,
-    pretrain,
-    rtd_accuracies,
+from fastdeberta.pretraining.batches import CAUSAL, DISCRIMINATOR, GENERATOR, POLICY
+from fastdeberta.pretraining.combinations import (
+    ALGORITHMS,
+    GENERATORS,
+    OBJECTIVES,
+    REFUSALS,
+    check_combination,
 )
+from fastdeberta.pretraining.corpus import Corpus, baselines, load_corpus, starts_word
+from fastdeberta.pretraining.examples import Rows
+from fastdeberta.pretraining.prepare import PrepareSettings, prepare
+from fastdeberta.pretraining.scores import auc, rtd_accuracies, scores
 from fastdeberta.pretraining.settings import PretrainSettings
+from fastdeberta.pretraining.task import Pretraining, pretrain
+from fastdeberta.pretraining.tying import (
+    TIES,
+    DeltaEmbedding,
+    check_same_size,
+    copy_encoder,
+    tie_weights,
+    untied,
+)
+from fastdeberta.training.accounting import training_flops
+from fastdeberta.training.draws import Draws
+from fastdeberta.training.reporting import read_metrics
 from fastdeberta.training.settings import build
+from fastdeberta.training.trainer import Trainer
 
 PAD, CLS, SEP, UNK, MASK = range(5)
 
-# Corruption
-
-
-@pytest.mark.parametrize("fraction", [0.01, 0.15, 0.25, 0.9])
-def test_choose_positions(fraction):
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.tensor([0, 1, 2, 3, 7, 20, 63, 64])
-    maskable = torch.rand(8, 64, generator=generator).argsort(1) < lengths[:, None]
-    ids = tiny.token_ids(8, 64)
-    masked = choose_positions(ids, maskable, fraction)
-    places = max(1, round(64 * fraction))
-    assert masked.positions.shape == masked.chosen.shape == masked.original.shape == (8, places)
-    assert torch.equal(masked.original, ids.gather(1, masked.positions))
-    for row, length in enumerate(lengths.tolist()):
-        chosen = masked.positions[row][masked.chosen[row]].tolist()
-        assert len(chosen) == min(length, max(1, round(length * fraction)))
-        assert len(set(chosen)) == len(chosen), "without replacement"
-        assert maskable[row, chosen].all()
-
-
-def test_positions_are_chosen_evenly():
-    maskable = torch.ones(4000, 10, dtype=torch.bool)
-    maskable[:, 3] = False
-    masked = choose_positions(torch.zeros(4000, 10, dtype=torch.long), maskable, 0.3)
-    counts = masked.positions[masked.chosen].bincount(minlength=10)
-    assert counts.sum() == 4000 * 3 and counts[3] == 0
-    expected = 4000 * 3 / 9  # Of a fair draw, 8 degrees of freedom: above 35 once in 30,000.
-    assert ((counts - expected).square() / expected)[maskable[0]].sum() < 35
-
-
-def test_substitute():
-    ids = tiny.token_ids(3, 20)
-    before = ids.clone()
-    masked = choose_positions(ids, torch.arange(20) < torch.tensor([[20], [5], [0]]), 0.3)
-    assert masked.chosen.sum(1).tolist() == [6, 2, 0]
-    for tokens in (MASK, torch.full_like(masked.positions, MASK)):
-        new = substitute(ids, masked, tokens)
-        for row in range(3):
-            places = masked.positions[row][masked.chosen[row]]
-            expected = ids[row].clone()
-            expected[places] = MASK
-            assert torch.equal(new[row], expected)
-    assert torch.equal(ids, before)
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_sample_follows_the_distribution(temperature):
-    logits = torch.tensor([2.0, -1.0, 0.0, -torch.inf, 1.0, -2.0, 0.5, -torch.inf, -3.0])
-    draws = 40_000
-    counts = sample(logits.expand(draws, -1), temperature).bincount(minlength=9)
-    expected = draws * (logits / temperature).softmax(-1)
-    possible = expected > 0
-    assert not counts[~possible].any()
-    # 6 degrees of freedom: above 30 once in 25,000.
-    assert ((counts - expected).square() / expected)[possible].sum() < 30
-
-
-def test_sample_forms():
-    logits = torch.randn(2, 3, 7, dtype=torch.bfloat16).requires_grad_()
-    tokens = sample(logits)
-    assert tokens.shape == (2, 3) and tokens.dtype == torch.int64 and not tokens.requires_grad
-    torch.manual_seed(5)
-    first = sample(logits)
-    torch.manual_seed(5)
-    assert torch.equal(sample(logits), first)
-    certain = torch.full((100, 7), -torch.inf).index_fill_(1, torch.tensor(6), 0.0)
-    assert (sample(certain) == 6).all()
-
-
-# Text
-
-
-@pytest.mark.parametrize("length", [4, 5, 8, 33, 5000])
-def test_pack(length):
-    tokenizer, documents = tiny.tokenizer(), tiny.documents(30)
-    rows = text.pack(tokenizer, documents, length)
-    assert rows.dtype == torch.int64 and rows.size(1) == length
-    assert (rows[:, 0] == CLS).all()
-    assert (rows[:-1, -1] == SEP).all() and (rows[:-1] != PAD).all()
-    used = int((rows[-1] != PAD).sum())
-    assert rows[-1, used - 1] == SEP and (rows[-1, used:] == PAD).all()
-    stream = [*rows[:-1, 1:-1].flatten().tolist(), *rows[-1, 1 : used - 1].tolist()]
-    expected = []
-    for document in documents:
-        expected += [*tokenizer.encode(document, add_special_tokens=False).ids, SEP]
-    assert stream == expected[:-1]
-    assert used > 2, "no row without text"
-
-
-def test_pack_without_padding():
-    tokenizer = tiny.tokenizer()
-    count = len(tokenizer.encode("the old crab", add_special_tokens=False).ids)
-    rows = text.pack(tokenizer, ["the old crab"] * 2, count + 2 + count + 1)
-    assert rows.shape == (1, 2 * count + 3) and (rows != PAD).all()
-    assert rows[0, count + 1] == SEP and rows[0, -1] == SEP
-
-
-def test_pack_needs_room():
-    with pytest.raises(ValueError, match="sequence_length must be at least 4, got 3"):
-        text.pack(tiny.tokenizer(), ["text"], 3)
+# Tokenizers
 
 
 def test_tokenizer_is_deterministic():
@@ -188,59 +103,31 @@ def test_tokenizer_errors(tmp_path):
         tokenizers.load(path)
 
 
-def test_read_documents(tmp_path):
-    (tmp_path / "b.txt").write_bytes("one\ntwo \r\n\n \n\nthr\u00e9e\n".encode("utf-8-sig"))
-    (tmp_path / "a.jsonl").write_text('{"text": "zero", "x": 1}\n\n{"text": " "}\n')
-    (tmp_path / "notes.md").write_text("not a text")
-    assert text.read_documents(tmp_path / "b.txt") == ["one two", "thr\u00e9e"]
-    assert text.read_documents(tmp_path) == ["zero", "one two", "thr\u00e9e"]
-    assert len(text.read_documents("wiki-leads")) == 10_033
+def test_tokens_that_start_a_word():
+    for kind, expected in (("unigram", "\u2581"), ("bpe", "\u0120"), ("wordpiece", "")):
+        tokenizer = tokenizers.train(tiny.documents(), 300, kind=kind)
+        table = starts_word(tokenizer)
+        assert len(table) == tokenizer.get_vocab_size() and table.any() and not table.all()
+        ids = tokenizer.encode("the old crab swims", add_special_tokens=False).ids
+        assert int(table[ids].sum()) in (3, 4), "a first word need not have a space before it"
+        for token, index in tokenizer.get_vocab().items():
+            first = token.startswith(expected) if expected else not token.startswith("##")
+            assert table[index] == first
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "data: no text in .*text.jsonl"),
-        (b'{"text": "a"}\n{"txt": "b"}', 'line 2: expected a JSON object with a "text"'),
-        (b"\n[1]", 'line 2: expected a JSON object with a "text"'),
-        (b"{", 'line 1: expected a JSON object with a "text"'),
-        (b'{"text": "a"}\n"\xff"', "text.jsonl is not UTF-8: line 2, byte 2"),
-    ],
-)
-def test_unreadable_documents(content, message, tmp_path):
-    (tmp_path / "text.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        text.read_documents(tmp_path / "text.jsonl")
+# Tying
 
 
-def test_missing_documents(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such file: .*missing"):
-        text.read_documents(tmp_path / "missing")
-    with pytest.raises(ValueError, match="data: no text in "):
-        text.read_documents(tmp_path)
+def networks(tie="embeddings", family="deberta-v2", changes=(), generator=(), head="rtd"):
+    config = tiny.config(family, **dict(changes))
+    ours, theirs = Model(replace(config, **dict(generator)), "mlm"), Model(config, head)
+    tie_weights(ours, theirs, tie)
+    return tiny.randomize(ours), tiny.randomize(theirs)
 
 
-@given(st.integers(2, 60), st.floats(0.01, 0.99), st.integers(0, 5))
-def test_split(count, held_out, seed):
-    documents = [str(i) for i in range(count)]
-    rest, kept = text.split(documents, held_out, seed)
-    assert sorted(rest + kept) == sorted(documents)
-    assert rest and kept
-    assert len(kept) == min(max(1, round(count * held_out)), count - 1)
-    assert text.split(documents, held_out, seed) == (rest, kept)
-
-
-# The pair
-
-SPECIALS = {"mask_id": MASK, "special_ids": [PAD, CLS, SEP, MASK]}
-
-
-def pair_of(tie="embeddings", family="deberta-v2", changes=(), generator=(), **options):
-    discriminator = tiny.config(family, **dict(changes))
-    pair = Pair(
-        replace(discriminator, **dict(generator)), discriminator, tie, **SPECIALS, **options
-    )
-    return tiny.randomize(pair)
+def shared(ours, theirs):
+    found = {id(p) for p in ours.parameters()}
+    return [name for name, p in theirs.named_parameters() if id(p) in found]
 
 
 def batch(length=40):
@@ -251,160 +138,43 @@ def batch(length=40):
     return ids, ids != PAD
 
 
-def inputs_of(model, run):
-    """What `model` was called with while `run` ran."""
-    seen = []
-    hook = model.register_forward_pre_hook(lambda module, args: seen.append(args))
-    result = run()
-    hook.remove()
-    assert len(seen) == 1
-    return seen[0], result
-
-
-def test_steps_of_the_pair():
-    pair = pair_of(mask_fraction=0.3)
-    ids, mask = batch()
-    (inputs, given_mask, *_), output = inputs_of(pair.generator.backbone, lambda: pair(ids, mask))
-    places, chosen = output.masked.positions, output.masked.chosen
-    at_chosen = torch.zeros_like(mask)
-    for row in range(3):
-        at_chosen[row, places[row][chosen[row]]] = True
-    maskable = mask & (ids != CLS) & (ids != SEP)
-    assert not (at_chosen & ~maskable).any()
-    assert at_chosen.sum(1).tolist() == [round(0.3 * n) for n in maskable.sum(1).tolist()]
-    assert torch.equal(inputs, ids.masked_fill(at_chosen, MASK)), "[MASK] at every chosen position"
-    assert torch.equal(given_mask, mask)
-    hidden = pair.generator.backbone(inputs, mask)[-1]
-    head, table = pair.generator.head, pair.generator.backbone.embeddings.word_embeddings.weight
-    logits = head(hidden, table).gather(1, places[..., None].expand(-1, -1, table.size(0)))
-    torch.testing.assert_close(output.mlm_logits, logits)
-    corrupted = ids.clone().scatter_(
-        1, places, output.samples.where(chosen, output.masked.original)
-    )
-    torch.testing.assert_close(output.rtd_logits, pair.discriminator(corrupted, mask).logits)
-    assert torch.equal(output.replaced, corrupted != ids) and output.replaced.any()
-    assert torch.equal(output.scored, mask)
-
-
-def test_a_sample_equal_to_the_original_is_real(monkeypatch):
-    ids, mask = batch()
-    original = {}
-
-    def half(logits, temperature):
-        """The original token at every other place, another one at the rest."""
-        tokens = original["tokens"].clone()
-        tokens[:, 1::2] = (tokens[:, 1::2] + 1).clamp(max=66) - 2 * (tokens[:, 1::2] == 66).long()
-        return tokens
-
-    def choose(*arguments):
-        masked = choose_positions(*arguments)
-        original["tokens"] = masked.original
-        return masked
-
-    monkeypatch.setattr(pair_module, "sample", half)
-    monkeypatch.setattr(pair_module, "choose_positions", choose)
-    output = pair_of()(ids, mask)
-    expected = torch.zeros_like(mask)
-    for row in range(3):
-        expected[row, output.masked.positions[row, 1::2][output.masked.chosen[row, 1::2]]] = True
-    assert expected.any() and torch.equal(output.replaced, expected)
-
-
-def test_the_vocabulary_product_runs_on_chosen_positions_only():
-    pair = pair_of(mask_fraction=0.2)
-    ids, mask = batch()
-    (hidden, table), output = inputs_of(pair.generator.head, lambda: pair(ids, mask))
-    assert hidden.shape == (3, 8, 32), "40 tokens * 0.2 places a row"
-    assert output.mlm_logits.shape == (3, 8, 67)
-    assert table is pair.generator.backbone.embeddings.word_embeddings.weight
-
-
-def test_tokens_that_the_mask_excludes_are_never_chosen():
-    """Also when they are ordinary tokens."""
-    pair = pair_of(mask_fraction=0.9)
-    ids = tiny.token_ids(2, 20)
-    mask = torch.arange(20) < torch.tensor([[5], [20]])
-    masked = pair(ids, mask).masked
-    assert masked.chosen.sum(1).tolist() == [round(0.9 * 5), 18]
-    assert (masked.positions[0][masked.chosen[0]] < 5).all()
-
-
-def test_losses():
-    """Means by hand over chosen and over real tokens, of a batch with spare places and padding."""
-    pair = pair_of(mask_fraction=0.3)
-    output = pair(*batch())
-    losses = pair.losses(output)
-    mlm, rtd = [], []
-    log_probs = output.mlm_logits.double().log_softmax(-1)
-    for row in range(3):
-        for place, chosen in enumerate(output.masked.chosen[row].tolist()):
-            if chosen:
-                mlm.append(-log_probs[row, place, output.masked.original[row, place]])
-        for t in range(30 if row == 1 else 40):
-            p = output.rtd_logits[row, t].double().sigmoid()
-            rtd.append(-(p if output.replaced[row, t] else 1 - p).log())
-    assert not output.masked.chosen.all() and not output.scored.all()
-    assert (losses.mlm_count, losses.rtd_count) == (len(mlm), len(rtd)) == (11 + 9 + 11, 110)
-    close = {"rtol": 1e-5, "atol": 1e-4}
-    torch.testing.assert_close(losses.mlm_sum.double(), sum(mlm), **close)
-    torch.testing.assert_close(losses.rtd_sum.double(), sum(rtd), **close)
-    expected = sum(mlm) / len(mlm) + 7 * sum(rtd) / len(rtd)
-    torch.testing.assert_close(losses.total(7.0).double(), expected, **close)
-
-
-def test_the_mask_is_optional():
-    pair = pair_of()
-    ids = tiny.token_ids(2, 20)
-    outputs = []
-    for mask in (None, torch.ones(2, 20, dtype=torch.long)):
-        torch.manual_seed(0)
-        outputs.append(pair(ids, mask))
-    assert outputs[0].scored.all()
-    torch.testing.assert_close(pair.losses(outputs[0]), pair.losses(outputs[1]))
-
-
-def gradients(pair, part):
-    """Gradients by name of one of the two losses alone; those that are not reached are left out."""
-    losses = pair.losses(pair(*batch()))
-    pair.zero_grad()
-    (losses.mlm_sum if part == "generator" else losses.rtd_sum).backward()
-    return {n: p.grad for n, p in pair.named_parameters() if p.grad is not None and p.grad.any()}
-
-
 def test_tie_none():
-    pair = pair_of("none", generator={"hidden_size": 16, "embedding_size": 16})
-    generator = {id(p) for p in pair.generator.parameters()}
-    assert not generator & {id(p) for p in pair.discriminator.parameters()}
-    assert all(name.startswith("generator.") for name in gradients(pair, "generator"))
-    assert all(name.startswith("discriminator.") for name in gradients(pair, "discriminator"))
+    assert not shared(*networks("none", generator={"hidden_size": 16, "embedding_size": 16}))
 
 
 @pytest.mark.parametrize("family", ["deberta-v2", "electra"])
 def test_tie_embeddings(family):
-    pair = pair_of("embeddings", family, {"type_vocab_size": 2, "position_biased_input": True})
-    ours, theirs = pair.generator.backbone.embeddings, pair.discriminator.backbone.embeddings
-    for name in ("word", "position", "token_type"):
-        assert getattr(ours, f"{name}_embeddings") is getattr(theirs, f"{name}_embeddings")
-    shared = {id(p) for p in pair.generator.parameters()} & {
-        id(p) for p in pair.discriminator.parameters()
-    }
-    assert len(shared) == 3
-    for part in ("generator", "discriminator"):
-        assert "generator.backbone.embeddings.word_embeddings.weight" in gradients(pair, part)
+    ours, theirs = networks(
+        "embeddings", family, {"type_vocab_size": 2, "position_biased_input": True}
+    )
+    expected = ["word_embeddings", "position_embeddings", "token_type_embeddings"]
+    names = [f"backbone.embeddings.{name}.weight" for name in expected]
+    if family == "electra":  # As in Google's code.
+        names += [f"backbone.embeddings.LayerNorm.{part}" for part in ("weight", "bias")]
+    assert shared(ours, theirs) == names
+
+
+@pytest.mark.parametrize("head", ["rtd", "mlm"])
+@pytest.mark.parametrize("changes", [{}, {"emd": True}, {"embedding_size": 20}])
+def test_tie_all(changes, head):
+    """Every weight of the encoder; a head is nobody else's."""
+    ours, theirs = networks("all", changes=changes, head=head)
+    own = {name for name, _ in theirs.named_parameters()} - set(shared(ours, theirs))
+    assert own == {f"head.{name}" for name, _ in theirs.head.named_parameters()}
+    assert (theirs.backbone.embeddings.position_embeddings is None) == (
+        head == "rtd" or not changes.get("emd")
+    )
+    exported = untied(theirs).eval()
+    assert torch.equal(exported(*batch()).logits, theirs.eval()(*batch()).logits)
 
 
 @pytest.mark.parametrize("family", ["deberta-v2", "electra"])
 def test_tie_gdes(family):
-    pair = pair_of("gdes", family, {"position_biased_input": True})
-    ours, theirs = pair.generator.backbone.embeddings, pair.discriminator.backbone.embeddings
-    tables = ["word_embeddings", "position_embeddings"]
-    grads = {part: gradients(pair, part) for part in ("generator", "discriminator")}
-    for name in tables:
+    ours, theirs = networks("gdes", family, {"position_biased_input": True})
+    assert not shared(ours, theirs)
+    ours, theirs = ours.backbone.embeddings, theirs.backbone.embeddings
+    for name in ("word_embeddings", "position_embeddings"):
         assert isinstance(getattr(theirs, name), DeltaEmbedding)
-        assert f"discriminator.backbone.embeddings.{name}._weight" in grads["discriminator"]
-        assert f"generator.backbone.embeddings.{name}.weight" in grads["generator"]
-    assert not [n for n in grads["discriminator"] if n.startswith("generator.")]
-    assert not [n for n in grads["generator"] if n.startswith("discriminator.")]
     with torch.no_grad():
         ours.word_embeddings.weight += 1  # The discriminator follows its generator's table.
     expected = ours.word_embeddings.weight + theirs.word_embeddings._weight
@@ -414,25 +184,24 @@ def test_tie_gdes(family):
 
 
 def test_gdes_starts_at_the_generators_table():
-    pair = Pair(tiny.config(), tiny.config(), "gdes", **SPECIALS)
-    delta = pair.discriminator.backbone.embeddings.word_embeddings
+    ours, theirs = Model(tiny.config(), "mlm"), Model(tiny.config(), "rtd")
+    tie_weights(ours, theirs, "gdes")
+    delta = theirs.backbone.embeddings.word_embeddings
     assert not delta._weight.any() and delta.num_embeddings == 67
-    assert torch.equal(delta.weight, pair.generator.backbone.embeddings.word_embeddings.weight)
+    assert torch.equal(delta.weight, ours.backbone.embeddings.word_embeddings.weight)
 
 
-@pytest.mark.parametrize("tie", ["none", "embeddings", "gdes"])
+@pytest.mark.parametrize("tie", TIES)
 @pytest.mark.parametrize("family", ["deberta-v2", "electra"])
 def test_exported_discriminator(tie, family, tmp_path):
-    pair = pair_of(tie, family, {"position_biased_input": True})
-    exported = pair.export_discriminator().eval()
-    assert isinstance(exported, Model)
+    _, theirs = networks(tie, family, {"position_biased_input": True})
+    exported = untied(theirs.eval()).eval()
     assert all(isinstance(m, nn.Embedding) for m in exported.modules() if hasattr(m, "padding_idx"))
-    ids, mask = batch()
-    expected = pair.discriminator(ids, mask).logits
-    assert torch.equal(exported(ids, mask).logits, expected)
+    expected = theirs(*batch()).logits
+    assert torch.equal(exported(*batch()).logits, expected)
     exported.save_pretrained(tmp_path)
-    assert torch.equal(from_pretrained(tmp_path, "rtd").eval()(ids, mask).logits, expected)
-    own = {p.data_ptr() for p in pair.parameters()}
+    assert torch.equal(from_pretrained(tmp_path, "rtd").eval()(*batch()).logits, expected)
+    own = {p.data_ptr() for p in theirs.parameters()}
     assert not own & {p.data_ptr() for p in exported.parameters()}, "a copy, not a view"
 
 
@@ -441,13 +210,8 @@ def test_exported_discriminator(tie, family, tmp_path):
 def test_narrower_generator(tie, family):
     size = tiny.config(family).embedding_size
     narrow = {"hidden_size": 16, "intermediate_size": 32, "embedding_size": size}
-    pair = pair_of(tie, family, generator=narrow | {"num_hidden_layers": 1})
-    assert pair.generator.backbone.embeddings.embed_proj.weight.shape == (16, size)
-    output = pair(*batch())
-    assert output.mlm_logits.size(-1) == 67
-    reached = gradients(pair, "generator")
-    assert "generator.backbone.embeddings.embed_proj.weight" in reached
-    assert not [n for n in reached if n.startswith("discriminator.")]
+    ours, _ = networks(tie, family, generator=narrow | {"num_hidden_layers": 1})
+    assert ours.backbone.embeddings.embed_proj.weight.shape == (16, size)
 
 
 @pytest.mark.parametrize("tie", ["embeddings", "gdes"])
@@ -464,30 +228,61 @@ def test_narrower_generator(tie, family):
 )
 def test_tables_that_cannot_be_tied(tie, generator, message):
     with pytest.raises(ValueError, match=f"tie='{tie}' needs {message}"):
-        pair_of(tie, changes={"position_biased_input": True}, generator=generator)
+        networks(tie, changes={"position_biased_input": True}, generator=generator)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    "generator",
     [
-        ({"tie": "all"}, "tie must be one of none, embeddings, gdes; got 'all'"),
-        ({"mask_fraction": 0}, r"mask_fraction must be in \(0, 1\), got 0"),
-        ({"mask_fraction": 1.0}, r"mask_fraction must be in \(0, 1\), got 1.0"),
-        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        {"num_hidden_layers": 2},
+        {"intermediate_size": 32},
+        {"hidden_size": 16},
+        {"conv_kernel_size": 3},
     ],
 )
-def test_pair_errors(options, message):
-    with pytest.raises(ValueError, match=message):
-        pair_of(**options)
+def test_networks_of_two_sizes_cannot_be_one(generator):
+    with pytest.raises(ValueError, match="tie='all' needs a generator of the discriminator's size"):
+        networks("all", generator=generator)
+
+
+@pytest.mark.parametrize("tie", ["none", "gdes"])
+@pytest.mark.parametrize("changes", [{}, {"emd": True}])
+def test_the_second_stage_starts_from_the_generator(tie, changes):
+    ours, theirs = networks(tie, changes=changes)
+    check_same_size(ours, Model(theirs.config, "rtd"), "x")
+    heads = [p.clone() for p in theirs.head.parameters()]
+    copy_encoder(ours, theirs)
+    plain = Model(replace(ours.config, emd=False), "base").eval()
+    plain.load_state_dict(ours.state_dict(), strict=False)
+    states = theirs.eval()(*batch()).last_hidden_state
+    assert torch.equal(states, plain(*batch()).last_hidden_state)
+    assert all(map(torch.equal, heads, theirs.head.parameters())), "heads differ in kind"
+
+
+def test_a_head_of_the_same_kind_is_copied_too():
+    ours, theirs = networks("none", head="mlm")
+    copy_encoder(ours, theirs)
+    assert torch.equal(ours(*batch()).logits, theirs(*batch()).logits)
 
 
 # Scores
 
 
+def rows_of(tokens):
+    class Source:
+        def __len__(self):
+            return len(tokens)
+
+        def __getitem__(self, rows):
+            return Rows(tokens[rows])
+
+    return Source()
+
+
 def test_baselines():
     tokenizer = SimpleNamespace(get_vocab_size=lambda: 10)
-    train = torch.tensor([[CLS, 5, 5, 5, 6, SEP], [CLS, 6, 7, 5, SEP, PAD]])
-    held_out = torch.tensor([[CLS, 5, 6, 6, 8, SEP]])
+    train = rows_of(torch.tensor([[CLS, 5, 5, 5, 6, SEP], [CLS, 6, 7, 5, SEP, PAD]]))
+    held_out = rows_of(torch.tensor([[CLS, 5, 6, 6, 8, SEP]]))
     scores = baselines(Corpus(tokenizer, train, held_out), [PAD, CLS, SEP, MASK])
     assert scores["most_frequent"] == pytest.approx(1 / 4)
     assert scores["unigram"] == pytest.approx(4 / 7 * 1 / 4 + 2 / 7 * 2 / 4)
@@ -511,6 +306,33 @@ def test_ignorant_discriminator_scores_the_replaced_fraction():
     fraction = scores["replaced_fraction"]
     assert scores["rtd_accuracy_replaced"] == pytest.approx(fraction, abs=0.03)
     assert scores["rtd_accuracy_original"] == pytest.approx(1 - fraction, abs=0.03)
+
+
+def test_auc():
+    """Against scikit-learn's, with ties and without."""
+    replaced = torch.rand(500) < 0.2
+    logits = torch.randn(500) + replaced
+    for values in (logits, logits.round(), torch.zeros(500)):
+        assert auc(values, replaced) == pytest.approx(roc_auc_score(replaced, values), abs=1e-12)
+
+
+def test_scores():
+    result = scores(
+        {
+            "mlm_loss": torch.tensor([1.0, 3.0]),
+            "mlm_accuracy": torch.tensor([1.0, 0.0]),
+            "ar_loss": torch.tensor([2000.0]),
+            "rtd_loss": torch.tensor([0.5]),
+            "none": torch.empty(0),
+            "rtd_logit": torch.tensor([0.1, 0.2]),
+            "replaced": torch.tensor([False, False]),
+        }
+    )
+    assert result["mlm_loss"] == 2 and result["mlm_accuracy"] == 0.5
+    assert result["mlm_perplexity"] == pytest.approx(math.exp(2))
+    assert math.isfinite(result["ar_perplexity"]), "JSON has no infinity"
+    assert not {"none", "rtd_auc", "rtd_perplexity", "rtd_accuracy_replaced"} & result.keys()
+    assert result["rtd_accuracy_original"] == 1
 
 
 # The task
@@ -541,59 +363,235 @@ def settings_of(tmp_path, **changes):
             "max_relative_positions": 16,
         },
     }
+    changes = {**changes}
+    more = changes.pop("discriminator", {})
+    values["discriminator"] = values["discriminator"] | more
     return build(PretrainSettings, values | changes)
 
 
 def task_of(tmp_path, **changes):
     settings = settings_of(tmp_path, **changes)
-    return ReplacedTokenDetection(settings, load_corpus(settings))
+    return Pretraining(settings, load_corpus(settings))
 
 
-@pytest.mark.parametrize("tie", ["none", "embeddings", "gdes"])
-def test_parameter_groups(tie, tmp_path):
-    task = task_of(tmp_path, tie=tie, generator_learning_rate=0.5)
+def first_batch(task, step=0, count=8):
+    return task.batch(torch.arange(count), Draws(0, step, 0, count, count))
+
+
+@pytest.mark.parametrize(
+    ("tie", "algorithm"),
+    [*((tie, "joint") for tie in TIES), ("gdes", "adversarial"), ("embeddings", "adversarial")],
+)
+def test_parameter_groups(tie, algorithm, tmp_path):
+    task = task_of(tmp_path, tie=tie, algorithm=algorithm, generator_learning_rate=0.5)
     groups = task.parameter_groups()
     members = [id(p) for group in groups for p in group["params"]]
-    assert sorted(members) == sorted({id(p) for p in task.pair.parameters()}), "each once"
-    table = task.pair.generator.backbone.embeddings.word_embeddings.weight
-    generator = {id(p) for p in task.pair.generator.parameters()}
+    assert sorted(members) == sorted({id(p) for p in task.model.parameters()}), "each once"
+    generator = {id(p) for p in task.objective.generator.parameters()}
+    if algorithm == "adversarial":
+        generator |= {id(p) for p in task.objective.baseline.parameters()}
     for group in groups:
         own = group["network"] == "generator"
         assert group["peak_lr"] == (0.5 if own else 0.003)
         assert all((id(p) in generator) == own for p in group["params"])
-    assert id(table) in {id(p) for p in groups[0]["params"]}
 
 
-def test_batches(tmp_path):
-    task = task_of(tmp_path)
-    rows = task.corpus.train
-    epoch = len(rows) // 8
-    seen = torch.cat([task.batch(step).input_ids for step in range(epoch)])
-    assert len(seen) == epoch * 8 and len({tuple(r) for r in seen.tolist()}) > 0.9 * len(seen)
-    assert all((row == rows).all(1).any() for row in seen[:20])
-    whole, padded = task._batch(rows[:2]), task._batch(rows[-1:])
-    assert whole.attention_mask is None and task.tokens(whole) == 48
-    assert torch.equal(padded.attention_mask, rows[-1:] != PAD)
-    assert task.tokens(padded) == (rows[-1] != PAD).sum() < 24
+def test_generators_own_optimiser(tmp_path):
+    """Microsoft's two trainers as groups of one optimiser."""
+    own = {"warmup_steps": 7, "schedule": "constant", "max_grad_norm": 0.5}
+    task = task_of(
+        tmp_path, generator_weight_decay=0.2, **{f"generator_{k}": v for k, v in own.items()}
+    )
+    for group in task.parameter_groups():
+        mine = group["network"] == "generator"
+        assert {k: group[k] for k in own if k in group} == (own if mine else {})
+        assert group["weight_decay"] in (0.0, 0.2 if mine else 0.01)
+
+
+def test_stages_have_schedules_of_their_own(tmp_path):
+    task = task_of(tmp_path, algorithm="two_stage", steps=10, generator_steps=4)
+    found = {g["network"]: (g["first_step"], g["steps"]) for g in task.parameter_groups()}
+    assert found == {"generator": (0, 4), "discriminator": (4, 6)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, [("", {"mlm_loss": 1, "rtd_loss": 50})] * 3),
+        ({"rtd_weight": 7, "objective": "electra_15"}, [("", {"mlm_loss": 1, "rtd_loss": 7})] * 3),
+        ({"objective": "mlm"}, [("", {"mlm_loss": 1})] * 3),
+        (
+            {"objective": "mlm+ar"},
+            [("", {"mlm_loss": 1}), (CAUSAL, {"ar_loss": 1}), ("", {"mlm_loss": 1})],
+        ),
+        ({"generator_type": "unigram"}, [("", {"rtd_loss": 50})] * 3),
+        (
+            {"algorithm": "two_stage", "generator_steps": 2, "objective": "replace_mlm"},
+            [(GENERATOR, {"mlm_loss": 1})] * 2 + [(DISCRIMINATOR, {"replace_mlm_loss": 1})],
+        ),
+        (
+            {"algorithm": "adversarial", "warm_start_steps": 1},
+            [("", {"mlm_loss": 1, "rtd_loss": 50, "baseline_loss": 1})]
+            + [(POLICY, {"rtd_loss": 50, "baseline_loss": 1, "policy_loss": 1})] * 2,
+        ),
+    ],
+)
+def test_phases_and_weights(changes, expected, tmp_path):
+    task = task_of(tmp_path, **changes)
+    for step, (phase, weights) in enumerate(expected):
+        made = first_batch(task, step)
+        assert made.phase == phase and task.weights(step) == weights
+        sums = task.model(made)
+        assert weights.keys() <= sums.keys() == task.counts(made).keys()
+        trained = {name for name in sums if sums[name].requires_grad}
+        assert trained == weights.keys()
+
+
+def test_loss_of_a_step_by_hand(tmp_path):
+    """What the trainer logs: sums over two unequal micro-batches, divided by all that counted."""
+    task = task_of(tmp_path, rtd_weight=7.0, steps=1, batch_size=7, accumulation=2, log_every=1)
+    task.model.eval()  # Dropout is zero in neither network; the trainer's is switched off below.
+    for part in task.model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    seen = []
+    forward = task.model.forward
+    task.model.forward = lambda made: (seen.append(made), forward(made))[1]
+    expected = {}
+
+    def note(task_begin=task.begin):
+        def begin(step):
+            task_begin(step)
+            expected["state"] = {k: v.clone() for k, v in task.model.state_dict().items()}
+
+        return begin
+
+    task.begin = note()
+    Trainer(task, task.settings).run()
+    logged = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    logged = [line for line in logged if "loss" in line][0]
+    task.model.load_state_dict(expected["state"])
+    batches = seen[:2]
+    assert [len(b.input_ids) for b in batches] == [3, 4]
+    with torch.no_grad():
+        sums = [forward(b) for b in batches]
+    chosen = sum(len(b.positions) for b in batches)
+    real = sum(b.tokens for b in batches)
+    mlm = sum(s["mlm_loss"].item() for s in sums) / chosen
+    rtd = sum(s["rtd_loss"].item() for s in sums) / real
+    assert logged["mlm_loss"] == pytest.approx(mlm, rel=1e-5)
+    assert logged["rtd_loss"] == pytest.approx(rtd, rel=1e-5)
+    assert logged["loss"] == pytest.approx(mlm + 7 * rtd, rel=1e-5)
+
+
+def test_the_second_stage_copies_once(tmp_path):
+    task = task_of(tmp_path, algorithm="two_stage", tie="none", steps=6, generator_steps=3)
+    theirs = task.objective.discriminator.backbone.encoder.layer[0].intermediate.dense.weight
+    ours = task.objective.generator.backbone.encoder.layer[0].intermediate.dense.weight
+    for step in (0, 2, 4):
+        task.begin(step)
+        assert not torch.equal(ours, theirs)
+    task.begin(3)
+    task.begin(3)
+    assert torch.equal(ours, theirs)
+
+
+def test_two_stages_need_one_size(tmp_path):
+    message = "algorithm='two_stage' needs a generator of the discriminator's size"
+    with pytest.raises(ValueError, match=message):
+        task_of(tmp_path, algorithm="two_stage", tie="gdes", generator={"intermediate_size": 32})
+
+
+def test_samples_of_a_generator_without_a_network(tmp_path):
+    """Unigram: as often as in the text; uniform: all alike; special tokens: never."""
+    for kind in ("unigram", "uniform"):
+        task = task_of(tmp_path, generator_type=kind, batch_size=64, mask_fraction=0.9)
+        drawn = [first_batch(task, step, 60) for step in range(10)]
+        tokens = torch.cat([b.inputs.flatten()[b.positions] for b in drawn])
+        size = task.corpus.tokenizer.get_vocab_size()
+        counts = tokens.bincount(minlength=size).double()
+        assert not counts[[PAD, CLS, SEP, MASK]].any()
+        cumulative = task.corruption.proposals
+        p = cumulative.diff(prepend=torch.zeros(1)) / cumulative[-1]
+        expected = p * len(tokens)
+        often = expected > 20
+        deviation = ((counts - expected).square() / expected)[often].sum()
+        assert deviation < 1.6 * often.sum() and often.sum() > 20
+        assert (p[often].max() > 3 * p[often].min()) == (kind == "unigram")
+
+
+def test_compute(tmp_path):
+    task = task_of(tmp_path, algorithm="two_stage", steps=6, generator_steps=3)
+    config = task.objective.generator.config
+    for step in (0, 3):
+        made = first_batch(task, step)
+        chosen = len(made.positions) / made.tokens
+        mlm = training_flops(config, 24, 8, "mlm", chosen)
+        rtd = training_flops(config, 24, 8, "rtd")
+        assert made.tokens == 8 * 24
+        expected = mlm if step == 0 else mlm / 2 + rtd
+        assert task.compute(made) == pytest.approx(expected, rel=1e-12)
+    made = first_batch(task_of(tmp_path, objective="mlm"), count=8)
+    deep = task_of(tmp_path, objective="mlm", discriminator={"num_hidden_layers": 2})
+    decoder = {"num_hidden_layers": 2, "emd": True}
+    passes = task_of(tmp_path, objective="mlm", discriminator=decoder)
+    three = task_of(tmp_path, objective="mlm", discriminator={"num_hidden_layers": 3})
+    assert deep.compute(made) < passes.compute(made) == three.compute(made)
 
 
 @torch.no_grad()
 def test_scores_of_an_untrained_pair(tmp_path):
     task = task_of(tmp_path)
-    scores = task.evaluate(batch_size=5)
+    task.model.eval()
+    first, again = task.evaluate(), task.evaluate()
+    assert first == again, "one corruption for every evaluation"
     size = task.corpus.tokenizer.get_vocab_size()
-    assert 0 <= scores["mlm_accuracy"] < 0.3
-    assert scores["mlm_loss"] == pytest.approx(math.log(size), abs=0.5)
-    assert 0.3 < scores["rtd_auc"] < 0.7
-    assert 0.05 < scores["replaced_fraction"] < 0.16
+    assert 0 <= first["mlm_accuracy"] < 0.3
+    assert first["mlm_loss"] == pytest.approx(math.log(size), abs=0.5)
+    assert first["mlm_perplexity"] == pytest.approx(math.exp(first["mlm_loss"]))
+    assert 0.3 < first["rtd_auc"] < 0.7
+    assert 0.05 < first["replaced_fraction"] < 0.16
+
+
+def test_evaluation_has_random_numbers_of_its_own(tmp_path):
+    """No training step corrupts a row as evaluation does."""
+    task = task_of(tmp_path)
+    (held_out,) = task._held_out()
+    task.corpus = task.corpus._replace(train=task.corpus.held_out)
+    count = len(task.corpus.held_out)
+    for step in range(3):
+        made = first_batch(task, step, count)
+        assert torch.equal(made.input_ids, held_out.input_ids)
+        assert not torch.equal(made.positions, held_out.positions)
+
+
+@pytest.mark.parametrize("layout", ["stream", "segments", "packed"])
+@pytest.mark.parametrize("kind", ["text", "prepared"])
+def test_layouts(layout, kind, tmp_path):
+    """Rows of every layout train, from a text and from what `prepare` wrote."""
+    settings = settings_of(tmp_path, layout=layout, steps=3, sequence_length=32)
+    if kind == "prepared":
+        directory = str(tmp_path / "prepared")
+        values = {"output": directory, "data": settings.data, "held_out": 0.1, "vocab_size": 120}
+        prepare(build(PrepareSettings, values | {"workers": 1}))
+        settings.data = directory
+    settings.discriminator["type_vocab_size"] = 2
+    task = Pretraining(settings, load_corpus(settings))
+    made = first_batch(task)
+    assert (made.cu_seqlens is None) == (layout != "packed")
+    assert (made.token_type_ids is None) == (layout != "segments")
+    result = Trainer(task, settings).run()
+    assert result["step"] == 3 and math.isfinite(result["mlm_loss"])
 
 
 def test_a_short_run_learns_and_leaves_loadable_models(tmp_path):
+    task = task_of(tmp_path)
     with torch.no_grad():
-        before = task_of(tmp_path).evaluate()
+        task.model.eval()
+        before = task.evaluate()
     result = pretrain(settings_of(tmp_path, steps=80))
     assert result["mlm_loss"] < before["mlm_loss"] - 0.5
-    assert result["step"] == 80 and result["tokens"] > 80 * 8 * 20
+    assert result["step"] == 80 and result["tokens"] > 80 * 8 * 20 and result["flops"] > 0
     assert result["parameters"]["generator"]["total"] > 0
     written = json.loads((tmp_path / "run/metrics.json").read_text())
     assert written["baseline"] == result["baseline"] and 0 < result["baseline"]["unigram"] < 1
@@ -601,6 +599,192 @@ def test_a_short_run_learns_and_leaves_loadable_models(tmp_path):
         directory = tmp_path / "run" / name
         model = from_pretrained(directory, head)
         assert model.config.vocab_size == tokenizers.load(directory).get_vocab_size()
+
+
+@pytest.mark.parametrize("family", ["deberta", "deberta-v2", "electra", "emd"])
+@pytest.mark.parametrize("objective", ["electra", "replace_mlm", "mlm"])
+def test_exports_load(objective, family, tmp_path):
+    """In transformers too, where it has the class: it knows no mask decoder, and of detectors of
+    replaced tokens ELECTRA's alone."""
+    encoder = {"model_type": "deberta-v2" if family == "emd" else family}
+    if family == "emd":
+        encoder |= {"emd": True, "num_hidden_layers": 2}
+    task = task_of(tmp_path, objective=objective, discriminator=encoder)
+    tiny.randomize(task.model)
+    task.export(tmp_path)
+    ids = task.corpus.train[torch.arange(3)].input_ids
+    for name, model in task.objective.models().items():
+        expected = model(ids).logits
+        loaded = from_pretrained(tmp_path / name, model.head_name).eval()
+        torch.testing.assert_close(loaded(ids).logits, expected)
+        assert bool(loaded.config.emd) == (family == "emd" and model.head_name == "mlm")
+        if family == "emd":
+            continue
+        if model.head_name == "mlm":
+            theirs = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / name)
+        elif family == "electra":
+            theirs = transformers.AutoModelForPreTraining.from_pretrained(tmp_path / name)
+        else:
+            theirs = transformers.AutoModel.from_pretrained(tmp_path / name)
+            expected = model(ids).last_hidden_state
+        with torch.no_grad():
+            found = theirs.eval()(ids)[0]
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+# Combinations
+
+COMBINATIONS = list(product(OBJECTIVES, ALGORITHMS, TIES, GENERATORS))
+
+
+def reason_against(*combination):
+    try:
+        check_combination(*combination)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+ALLOWED = [c for c in COMBINATIONS if reason_against(*c) is None]
+QUICK = {("electra", "joint", "gdes", "network"), ("mlm+ar", "joint", "none", "network")}
+
+
+def test_what_is_allowed():
+    """Of each objective the ties of each algorithm; generators without a network are joint."""
+    pairs = {"joint": set(TIES), "two_stage": {"none", "gdes"}}
+    detection = pairs | {"adversarial": {"none", "embeddings", "gdes"}}
+    expected = {
+        "electra": detection,
+        "electra_15": detection,
+        "replace_mlm": pairs,
+        "all_tokens_mlm": pairs,
+        "mlm": {"joint": {"none"}},
+        "mlm+ar": {"joint": {"none"}},
+    }
+    allowed = {
+        (objective, algorithm, tie, "network")
+        for objective, algorithms in expected.items()
+        for algorithm, ties in algorithms.items()
+        for tie in ties
+    }
+    allowed |= {
+        (objective, "joint", "none", kind)
+        for objective in ("electra", "electra_15", "replace_mlm", "all_tokens_mlm")
+        for kind in ("unigram", "uniform")
+    }
+    assert set(ALLOWED) == allowed
+
+
+@pytest.mark.parametrize("combination", [c for c in COMBINATIONS if c not in ALLOWED])
+def test_refused_combinations(combination):
+    keys = ("objective", "algorithm", "tie", "generator_type")
+    with pytest.raises(ValueError, match=r"do not go together: \w+") as error:
+        build(PretrainSettings, dict(zip(keys, combination, strict=True)))
+    assert any(str(error.value).endswith(refusal.reason) for refusal in REFUSALS)
+
+
+def test_every_refusal_is_met():
+    met = {reason_against(*c).split("together: ")[1] for c in COMBINATIONS if c not in ALLOWED}
+    assert met == {refusal.reason for refusal in REFUSALS}
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    """The embedded text with a small tokenizer, tokenised once."""
+    output = tmp_path_factory.mktemp("embedded")
+    values = {"output": str(output), "held_out": 0.9, "vocab_size": 300, "workers": 1}
+    prepare(build(PrepareSettings, values))
+    return str(output)
+
+
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "position_buckets": 8,
+    "max_relative_positions": 16,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+
+@pytest.mark.parametrize(
+    "combination",
+    [
+        pytest.param(c, id="-".join(c), marks=() if c in QUICK else pytest.mark.slow)
+        for c in ALLOWED
+    ],
+)
+def test_every_combination_trains(combination, embedded, tmp_path):
+    """50 steps on the embedded text: the last steps' losses are below the first steps' (in the
+    adversarial game that of the discriminator)."""
+    objective, algorithm, tie, kind = combination
+    settings = build(
+        PretrainSettings,
+        {
+            "objective": objective,
+            "algorithm": algorithm,
+            "tie": tie,
+            "generator_type": kind,
+            "data": embedded,
+            "output": str(tmp_path),
+            "device": "cpu",
+            "sequence_length": 32,
+            "batch_size": 16,
+            "steps": 50,
+            "warmup_steps": 5,
+            "schedule": "constant",
+            "learning_rate": 0.003,
+            "log_every": 1,
+            "discriminator": TINY,
+        },
+    )
+    task = Pretraining(settings, load_corpus(settings))
+    task.evaluate = dict  # The training's losses are what is looked at.
+    Trainer(task, settings).run()
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    game = {"mlm_loss", "policy_loss", "baseline_loss"} if algorithm == "adversarial" else set()
+    names = {name for line in lines for name in line if name.endswith("_loss")} - game
+    assert names
+    for name in names:
+        curve = [line[name] for line in lines if name in line]
+        if algorithm == "two_stage":  # Each network's own half; a frozen generator stays.
+            curve = curve[:25] if name == "mlm_loss" else curve
+        assert sum(curve[-5:]) < sum(curve[:5]), f"{name}: {curve}"
+
+
+ENCODERS = {
+    "v1": {"model_type": "deberta"},
+    "v2": {"conv_kernel_size": 3, "conv_act": "gelu"},
+    "electra": {"model_type": "electra", "embedding_size": 16},
+    "emd": {"emd": True},
+    "emd-without-c2p": {"emd": True, "pos_att_type": ["p2c"]},
+    "without-p2c": {"pos_att_type": ["c2p"]},
+    "without-both": {
+        "relative_attention": False,
+        "norm_rel_ebd": "none",
+        "position_biased_input": True,
+    },
+}
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_every_encoder_trains(encoder, tmp_path):
+    for objective in OBJECTIVES:
+        changes = TINY | ENCODERS[encoder]
+        if objective == "mlm+ar" and encoder == "v2":
+            with pytest.raises(ValueError, match="needs discriminator.conv_kernel_size = 0"):
+                task_of(tmp_path, objective=objective, discriminator=changes)
+            continue
+        task = task_of(tmp_path, objective=objective, discriminator=changes, max_ngram=2)
+        for step in range(2):
+            made = first_batch(task, step)
+            weights, counts = task.weights(step), task.counts(made)
+            sums = task.model(made)
+            sum(weights[name] * sums[name] / counts[name] for name in weights).backward()
+        unreached = [n for n, p in task.model.named_parameters() if p.grad is None]
+        assert unreached == []
 
 
 # Settings
@@ -656,13 +840,86 @@ def test_configs():
         assert (config.vocab_size, config.pad_token_id) == (99, 3)
 
 
+def test_families_are_themselves():
+    """A config that names a family alone gets no other family's positions."""
+    expected = {
+        "electra": (False, [], -1, "none", 1e-12),
+        "deberta": (True, ["c2p", "p2c"], -1, "none", 1e-7),
+        "deberta-v2": (True, ["p2c", "c2p"], 256, "layer_norm", 1e-7),
+    }
+    for family, values in expected.items():
+        _, config = build(PretrainSettings, {"discriminator": {"model_type": family}}).configs(9, 0)
+        assert config.model_type == family and config.hidden_size == 256
+        names = ("relative_attention", "pos_att_type", "position_buckets", "norm_rel_ebd")
+        assert tuple(getattr(config, n) for n in (*names, "layer_norm_eps")) == values
+
+
+def test_sizes_of_generators():
+    """A fraction of the width, half of the depth, and what `generator` says after both."""
+    values = {
+        "generator_width": 0.25,
+        "generator_half_depth": True,
+        "generator": {"intermediate_size": 100, "pos_att_type": "c2p"},
+    }
+    generator, discriminator = build(PretrainSettings, values).configs(99, 0)
+    assert (generator.hidden_size, generator.num_attention_heads) == (64, 1)
+    assert (generator.num_hidden_layers, discriminator.num_hidden_layers) == (3, 6)
+    assert generator.embedding_size == 256 and generator.intermediate_size == 100
+    assert generator.pos_att_type == ["c2p"] and discriminator.pos_att_type == ["p2c", "c2p"]
+
+
+def test_a_generator_that_is_not_there_has_no_config():
+    decoder = {"discriminator": {"emd": True}, "generator": {"num_hidden_layers": 1}}
+    with pytest.raises(ValueError, match="emd needs num_hidden_layers >= 2"):
+        build(PretrainSettings, decoder).configs(99, 0)
+    for values in ({"objective": "mlm+ar"}, {"generator_type": "unigram"}):
+        generator, discriminator = build(PretrainSettings, decoder | values).configs(99, 0)
+        assert generator is discriminator
+
+
+@pytest.mark.parametrize(
+    ("values", "split"),
+    [
+        ({}, (1.0, 0.0)),
+        ({"objective": "mlm"}, (0.8, 0.1)),
+        ({"objective": "mlm", "mask_token_fraction": 1.0}, (1.0, 0.0)),
+        ({"mask_token_fraction": 0.85}, (0.85, 0.0)),
+    ],
+)
+def test_mask_split_of_objectives(values, split):
+    assert build(PretrainSettings, values).mask_split == split
+
+
+def test_an_older_config_means_what_it_meant():
+    settings = build(PretrainSettings, {"tie": "embeddings", "rtd_weight": 20.0})
+    assert (settings.objective, settings.algorithm) == ("electra", "joint")
+    for values, tie in (
+        ({}, "gdes"),
+        ({"objective": "mlm"}, "none"),
+        ({"generator_type": "uniform"}, "none"),
+    ):
+        assert build(PretrainSettings, values).tie == tie
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"tie": "all"}, "tie must be one of none, embeddings, gdes; got 'all'"),
+        ({"tie": "half"}, "tie must be one of none, embeddings, all, gdes; got 'half'"),
+        ({"objective": "bert"}, "objective must be one of electra, .*, mlm, mlm.ar; got 'bert'"),
+        ({"algorithm": "x"}, "algorithm must be one of joint, two_stage, adversarial; got 'x'"),
+        ({"generator_type": "x"}, "generator_type must be one of network, unigram, uniform"),
+        ({"generator_schedule": "x"}, "generator_schedule must be one of linear, "),
+        ({"sampling": "x"}, "sampling must be one of multinomial, gumbel; got 'x'"),
+        ({"layout": "x"}, "layout must be one of stream, segments, packed; got 'x'"),
         ({"held_out": 0}, r"held_out must be in \(0, 1\), got 0"),
         ({"mask_fraction": 1.5}, r"mask_fraction must be in \(0, 1\), got 1.5"),
         ({"rtd_weight": -1}, "rtd_weight must not be negative, got -1"),
+        ({"temperature": 0}, "temperature must be positive, got 0"),
+        ({"max_ngram": 0}, "max_ngram must be at least 1, got 0"),
+        ({"mask_replacement": True, "max_ngram": 2}, "mask_replacement must be false with max_ng"),
+        ({"generator_steps": 1000}, r"generator_steps must be in \(0, steps = 1000\), got 1000"),
+        ({"random_token_fraction": 0.1}, "must not be negative, nor above 1 together; got 1.0 and"),
+        ({"generator_max_grad_norm": 0}, "generator_max_grad_norm must be positive, got 0"),
         (
             {"discriminator": {"hidden_sise": 64}},
             "unknown config key 'discriminator.hidden_sise'; did you mean "
@@ -680,8 +937,9 @@ def test_setting_errors(values, message):
 
 
 @pytest.mark.parametrize("part", ["discriminator", "generator"])
-def test_sequence_longer_than_positions(part):
-    short = {"position_biased_input": True, "max_position_embeddings": 64}
+@pytest.mark.parametrize("positions", ["position_biased_input", "emd"])
+def test_sequence_longer_than_positions(part, positions):
+    short = {positions: True, "max_position_embeddings": 64}
     settings = build(PretrainSettings, {part: short, "sequence_length": 65})
     message = f"at most {part}.max_position_embeddings = 64, got 65"
     with pytest.raises(ValueError, match=message):

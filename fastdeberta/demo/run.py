@@ -23,8 +23,9 @@ from ..finetuning.data import Encoded, Example, encode
 from ..info import collect, render
 from ..models import Config, Model, from_pretrained
 from ..pretraining import text
-from ..pretraining.rtd import ReplacedTokenDetection, baselines, load_corpus
+from ..pretraining.corpus import baselines, load_corpus
 from ..pretraining.settings import PretrainSettings
+from ..pretraining.task import Pretraining
 from ..training.reporting import default_progress, read_metrics
 from ..training.settings import TrainSettings
 from ..training.trainer import Task, Trainer
@@ -72,15 +73,16 @@ def run(out: Path, minutes: float, seed: int = 0) -> dict[str, Any]:
     settings = pretrain_settings(out, seed)
     corpus = load_corpus(settings)
     budget = PRETRAINING * (deadline - time.monotonic())
-    settings.steps = _steps_in(ReplacedTokenDetection(settings, corpus), settings, budget, threads)
+    settings.steps = _steps_in(Pretraining(settings, corpus), settings, budget, threads)
     settings.warmup_steps = max(10, min(500, settings.steps // 20))
     settings.evaluate_every = max(1, settings.steps // (10 if minutes >= 5 else 3))
     settings.checkpoint_every = max(1, settings.steps // 4)
-    task = ReplacedTokenDetection(settings, corpus)
+    task = Pretraining(settings, corpus)
+    sizes = task.parameters()
     console.print(
         f"{len(corpus.train)} rows of {settings.sequence_length} tokens; {settings.steps} steps; "
-        f"discriminator {task.pair.discriminator.num_parameters() / 1e6:.2f}M parameters, "
-        f"generator {task.pair.generator.num_parameters() / 1e6:.2f}M"
+        f"discriminator {sizes['discriminator']['total'] / 1e6:.2f}M parameters, "
+        f"generator {sizes['generator']['total'] / 1e6:.2f}M"
     )
     pretraining = Trainer(task, settings, default_progress()).run()
     task.export(out / "pretrain")

@@ -7,15 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import tokenizer as tokenizers
 from ..files import write_atomically
 from ..models import Model, from_pretrained
 from ..models.encoder import initialize
+from ..training.accounting import training_flops
+from ..training.draws import Draws
 from ..training.optimizer import parameter_groups
 from ..training.reporting import Progress
 from ..training.settings import TrainSettings
-from ..training.trainer import Trainer, epoch_rows
+from ..training.trainer import Trainer
 from . import metrics
 from .data import Batch, Encoded, collate, encode, label_names, read_examples
 
@@ -55,11 +58,30 @@ class FinetuneSettings(TrainSettings):
         if self.max_length < 4:
             raise ValueError(f"max_length must be at least 4, got {self.max_length}")
 
-    def schedule(self, examples: int) -> None:
+    def set_steps(self, examples: int) -> None:
         """Sets steps and warmup_steps for a number of training examples."""
-        an_epoch = max(1, examples // min(self.batch_size, examples))
-        self.steps = max(1, round(self.epochs * an_epoch))
+        self.steps = max(1, round(self.epochs * examples / min(self.batch_size, examples)))
         self.warmup_steps = round(self.warmup_fraction * self.steps)
+
+
+class Objective(nn.Module):
+    """A classifier that is called with a batch and returns the sum of its losses."""
+
+    def __init__(self, classifier: Model):
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        logits = self.logits(batch)
+        return {"loss": F.cross_entropy(logits.float(), batch.labels, reduction="sum")}
+
+    def logits(self, batch: Batch) -> Tensor:
+        """[B, num_labels]."""
+        typed = self.classifier.config.type_vocab_size > 1
+        types = batch.token_type_ids if typed else None
+        logits = self.classifier(batch.input_ids, batch.attention_mask, types).logits
+        assert logits is not None
+        return logits
 
 
 class SequenceClassification:
@@ -75,8 +97,10 @@ class SequenceClassification:
         dev: Encoded,
         tokenizer: Any,
     ):
-        self.model: nn.Module = model
+        self.objective = Objective(model)
+        self.model: nn.Module = self.objective
         self.classifier = model
+        self.rows = len(train.ids)
         self.settings, self.train, self.dev = settings, train, dev
         self.tokenizer = tokenizer
         self.pad_id = tokenizers.special_id(tokenizer, tokenizers.PAD)
@@ -87,7 +111,7 @@ class SequenceClassification:
         """One pair of groups for each depth: head, layers from the top, embeddings."""
         layers = self.classifier.config.num_hidden_layers
         depths: dict[int, list[nn.Parameter]] = {}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.classifier.named_parameters():
             depths.setdefault(_depth(name, layers), []).append(parameter)
         settings, groups = self.settings, []
         for depth, parameters in sorted(depths.items()):
@@ -95,19 +119,28 @@ class SequenceClassification:
             groups += parameter_groups(parameters, rate, settings.weight_decay)
         return groups
 
-    def batch(self, step: int) -> Batch:
-        count = len(self.train.ids)
-        rows = epoch_rows(count, self.settings.batch_size, step, self.settings.seed)
+    def begin(self, step: int) -> None:
+        pass
+
+    def batch(self, rows: Tensor, draws: Draws) -> Batch:
         return collate(self.train, rows.tolist(), self.pad_id)
 
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = self.model(
-            batch.input_ids, batch.attention_mask, self._types(batch), labels=batch.labels
-        ).loss
-        return loss, {}
+    def counts(self, batch: Batch) -> dict[str, float]:
+        return {"loss": float(len(batch.labels))}
+
+    def weights(self, step: int) -> dict[str, float]:
+        return {"loss": 1.0}
 
     def tokens(self, batch: Batch) -> int:
         return int(batch.attention_mask.sum())
+
+    def compute(self, batch: Batch) -> float:
+        # Padding is no work; the pooled head is as good as nothing beside the layers.
+        lengths, counts = batch.attention_mask.sum(1).unique(return_counts=True)
+        return sum(
+            training_flops(self.classifier.config, length, count, output_fraction=0.0)
+            for length, count in zip(lengths.tolist(), counts.tolist(), strict=True)
+        )
 
     def evaluate(self) -> dict[str, float]:
         """Dev scores; all of them, with the confusion matrix, stay in `scores`, and the predicted
@@ -128,7 +161,7 @@ class SequenceClassification:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = Batch(*(x.to(device) for x in collate(self.dev, rows, self.pad_id)))
-            logits = self.model(batch.input_ids, batch.attention_mask, self._types(batch)).logits
+            logits = self.objective.logits(batch)
             for row, label in zip(rows, logits.argmax(-1).tolist(), strict=True):
                 predicted[row] = label
         return predicted
@@ -139,9 +172,6 @@ class SequenceClassification:
         target.mkdir(parents=True, exist_ok=True)
         self.classifier.save_pretrained(target)
         tokenizers.save(self.tokenizer, target)
-
-    def _types(self, batch: Batch) -> Tensor | None:
-        return batch.token_type_ids if self.classifier.config.type_vocab_size > 1 else None
 
 
 def reinitialize(model: Model, layers: int) -> None:
@@ -186,7 +216,7 @@ def finetune(settings: FinetuneSettings, progress: Progress | None = None) -> di
     names = label_names(train)
     if len(names) < 2:
         raise ValueError(f"{settings.train_file} has one label, {names[0]!r}: nothing to learn")
-    settings.schedule(len(train))
+    settings.set_steps(len(train))
 
     changes: dict[str, Any] = {"id2label": dict(enumerate(names))}
     if settings.dropout is not None:
@@ -209,7 +239,10 @@ def finetune(settings: FinetuneSettings, progress: Progress | None = None) -> di
         encode(tokenizer, dev, names, limit, settings.dev_file),
         tokenizer,
     )
-    result = Trainer(task, settings, progress).run()
+    trainer = Trainer(task, settings, progress)
+    result = trainer.run()
+    if not trainer.main:
+        return result
     output = Path(settings.output)
     task.export(output)
     result |= task.scores

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..attention import DisentangledAttention
 from ..inference import Inference
@@ -204,6 +205,8 @@ class Encoder(nn.Module):
 
     Attributes:
         inference: how calls in eval mode without gradients run on the CPU; None: as all others.
+        activation_checkpointing: in training keep every layer's input alone, and run the layer
+            again in the backward pass.
     """
 
     def __init__(self, config: Config):
@@ -218,6 +221,7 @@ class Encoder(nn.Module):
             self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.conv = Convolution(config) if config.conv_kernel_size > 0 else None
         self.inference: Inference | None = Inference()
+        self.activation_checkpointing = False
 
     def relative_table(self) -> Tensor | None:
         """[2 * span, hidden], normalised once for all layers; None without relative attention."""
@@ -254,7 +258,10 @@ class Encoder(nn.Module):
         attention = self.attention_arguments(mask, cu_seqlens, max_seqlen, causal)
         states = [x]
         for i, layer in enumerate(self.layer[:num_layers]):
-            x, probs = layer(x, output_attentions=attentions is not None, **attention)
+            run: Callable[..., Any] = layer
+            if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+                run = partial(checkpoint, layer, use_reentrant=False)
+            x, probs = run(x, output_attentions=attentions is not None, **attention)
             if i == 0 and self.conv is not None:
                 x = self.conv(states[0], x, mask, cu_seqlens)
             states.append(x)

@@ -1,182 +1,278 @@
-"""The generator-discriminator pair, what the two share, and their joint loss."""
+"""Objectives of two networks: a generator that proposes tokens, a discriminator that reads them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ..models import Config, Model
-from .corruption import Masked, choose_positions, sample, substitute
+from .batches import DISCRIMINATOR, GENERATOR, Batch
+from .corruption import gumbel_sample, sample
+from .losses import Reader, accumulator, copy_cross_entropy
+from .objective import (
+    Objective,
+    chosen_states,
+    guess_token,
+    model_inputs,
+    real,
+    token_losses,
+    token_rows,
+    vocabulary_losses,
+    weighted_sum,
+)
+from .tying import check_same_size, tie_weights
 
-TIES = ("none", "embeddings", "gdes")
 
-_TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
+class Outcome(NamedTuple):
+    """What the generator made of a batch.
 
-
-class DeltaEmbedding(nn.Module):
-    """GDES: a table that is another's, without gradient, plus a learned difference.
-
-    The difference starts at zero and is named `_weight`, as in microsoft/DeBERTa's checkpoints.
-
-    Source: DeBERTaV3, section 3.3.
+    corrupted: int64 like input_ids. losses: float32 [N], of its masked language model; samples,
+    guesses: int64 [N]; hidden: [N, hidden]; None without a network.
     """
 
-    def __init__(self, base: nn.Embedding):
-        super().__init__()
-        self._base = [base]  # In a list: the table is the generator's parameter, not ours.
-        self._weight = nn.Parameter(torch.zeros_like(base.weight))
-        self.num_embeddings = base.num_embeddings
-
-    @property
-    def weight(self) -> Tensor:
-        """The sum, [num_embeddings, size]; gradients reach the difference only."""
-        return self._base[0].weight.detach() + self._weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        shared = nn.functional.embedding(ids, self._base[0].weight.detach())
-        return shared + nn.functional.embedding(ids, self._weight)
+    corrupted: Tensor
+    losses: Tensor | None = None
+    samples: Tensor | None = None
+    guesses: Tensor | None = None
+    hidden: Tensor | None = None
 
 
-class PairOutput(NamedTuple):
-    """One step of the pair, all that losses and evaluations need.
-
-    mlm_logits: [B, K, vocab]. masked: the chosen positions. samples: int64 [B, K].
-    rtd_logits: [B, L]. replaced: bool [B, L]. scored: bool [B, L], the real tokens.
-    """
-
-    mlm_logits: Tensor
-    masked: Masked
-    samples: Tensor
-    rtd_logits: Tensor
-    replaced: Tensor
-    scored: Tensor
-
-
-class Losses(NamedTuple):
-    """Sums and counts, so that means over any number of batches can be formed exactly."""
-
-    mlm_sum: Tensor
-    mlm_count: Tensor
-    rtd_sum: Tensor
-    rtd_count: Tensor
-
-    def total(self, rtd_weight: float) -> Tensor:
-        """L_MLM + rtd_weight * L_Disc."""
-        return self.mlm_sum / self.mlm_count + rtd_weight * self.rtd_sum / self.rtd_count
-
-
-class Pair(nn.Module):
-    """A masked language model that proposes tokens, and a discriminator that finds them.
+class Pair(Objective):
+    """A masked language model that proposes tokens, and a network that reads them.
 
     Args:
-        generator, discriminator: their configs. Unless tie is "none", both must have the same
-            vocabulary and embedding_size; a narrower generator projects the shared tables.
-        tie: "none"; "embeddings", one set of token, position and type tables; or "gdes", the
-            discriminator's tables are the generator's, without gradient, plus a difference.
-        mask_id, special_ids: the tokenizer's [MASK], and every token that is never masked.
-        mask_fraction: fraction of tokens to mask. temperature: of the generator's samples.
+        config: of the discriminator. generator: of the generator; None: the batches' `inputs` are
+            samples already.
+        tie: see `tie_weights`. same_size: the generator must have the discriminator's size.
+        temperature, sampling: of the generator's samples; see `corruption`.
 
     Raises:
-        ValueError: unknown tie, or configs that cannot be tied so.
+        ValueError: configs that cannot be tied so.
 
-    Source: ELECTRA, section 3; GDES: DeBERTaV3, section 3.3.
+    Source: ELECTRA, section 3.
     """
 
-    special: Tensor
+    head = "mlm"
+    name = ""  # of the discriminator's loss
 
     def __init__(
         self,
-        generator: Config,
-        discriminator: Config,
-        tie: str = "embeddings",
+        config: Config,
         *,
-        mask_id: int,
-        special_ids: list[int],
-        mask_fraction: float = 0.15,
+        generator: Config | None = None,
+        tie: str = "none",
+        same_size: str | None = None,
         temperature: float = 1.0,
+        sampling: str = "multinomial",
     ):
         super().__init__()
-        if tie not in TIES:
-            raise ValueError(f"tie must be one of {', '.join(TIES)}; got {tie!r}")
-        if not 0 < mask_fraction < 1:
-            raise ValueError(f"mask_fraction must be in (0, 1), got {mask_fraction}")
-        if temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
-        self.generator = Model(generator, "mlm")
-        self.discriminator = Model(discriminator, "rtd")
-        self.tie = tie
-        self.mask_id, self.mask_fraction, self.temperature = mask_id, mask_fraction, temperature
-        special = torch.zeros(generator.vocab_size, dtype=torch.bool)
-        special[special_ids] = True
-        self.register_buffer("special", special, persistent=False)
-        if tie != "none":
-            self._tie()
+        self.temperature, self.sampling = temperature, sampling
+        self.generator = None if generator is None else Model(generator, "mlm")
+        self.discriminator = Model(config, self.head)
+        if self.generator is not None:
+            if same_size is not None:
+                check_same_size(self.generator, self.discriminator, same_size)
+            tie_weights(self.generator, self.discriminator, tie)
 
-    def _tie(self) -> None:
-        ours, theirs = self.generator.backbone.embeddings, self.discriminator.backbone.embeddings
-        for name in _TABLES:
-            table, other = getattr(ours, name), getattr(theirs, name)
-            if table is None or other is None:
-                continue
-            if table.weight.shape != other.weight.shape:
-                raise ValueError(
-                    f"tie={self.tie!r} needs {name} of one shape: the generator has "
-                    f"{list(table.weight.shape)}, the discriminator {list(other.weight.shape)}; "
-                    "give both the discriminator's vocab_size and embedding_size"
-                )
-            setattr(theirs, name, table if self.tie == "embeddings" else DeltaEmbedding(table))
+    def networks(self) -> dict[str, list[nn.Module]]:
+        networks: dict[str, list[nn.Module]] = {}
+        if self.generator is not None:
+            networks["generator"] = [self.generator]
+        networks["discriminator"] = [self.discriminator]
+        return networks
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> PairOutput:
-        """Masks, proposes, samples and discriminates: steps 1 to 6 of ELECTRA.
+    def models(self) -> dict[str, Model]:
+        models = {} if self.generator is None else {"generator": self.generator}
+        return {**models, "discriminator": self.discriminator}
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        frozen = batch.phase == DISCRIMINATOR
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            outcome = self.generate(batch)
+        sums = {} if outcome.losses is None else {"mlm_loss": weighted_sum(outcome.losses, batch)}
+        if batch.phase != GENERATOR:
+            sums[self.name] = self.discriminate(batch, outcome.corrupted).sum()
+        return sums
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        counts = {} if self.generator is None else {"mlm_loss": batch.chosen}
+        if batch.phase != GENERATOR:
+            counts[self.name] = float(self.scored(batch))
+        return counts
+
+    def generate(self, batch: Batch, guess: bool = False) -> Outcome:
+        """Samples a token at every chosen position; no gradient flows through the samples.
 
         Args:
-            input_ids: int64 [B, L]. attention_mask: [B, L], nonzero = real; None: all are.
+            guess: also find the likeliest tokens.
         """
-        maskable = ~self.special[input_ids]
-        if attention_mask is not None:
-            maskable &= attention_mask.bool()
-        masked = choose_positions(input_ids, maskable, self.mask_fraction)
-        inputs = substitute(input_ids, masked, self.mask_id)
-        backbone = self.generator.backbone
-        hidden = backbone(inputs, attention_mask)[-1]
-        # Gather first: the product with the vocabulary runs on the chosen positions only.
-        chosen = hidden.gather(1, masked.positions.unsqueeze(-1).expand(-1, -1, hidden.size(-1)))
-        assert self.generator.head is not None
-        mlm_logits = self.generator.head(chosen, backbone.embeddings.word_embeddings.weight)
-        samples = sample(mlm_logits, self.temperature)
-        corrupted = substitute(input_ids, masked, samples)
-        rtd_logits = self.discriminator(corrupted, attention_mask).logits
-        assert rtd_logits is not None
-        scored = torch.ones_like(maskable) if attention_mask is None else attention_mask.bool()
-        replaced = corrupted != input_ids
-        return PairOutput(mlm_logits, masked, samples, rtd_logits, replaced, scored)
+        if self.generator is None:
+            return Outcome(batch.inputs)
 
-    def losses(self, output: PairOutput) -> Losses:
-        """The two losses of one batch as sums and counts (ELECTRA, section 3.1)."""
-        chosen = output.masked.chosen.float()
-        mlm = nn.functional.cross_entropy(
-            output.mlm_logits.float().flatten(0, 1),
-            output.masked.original.flatten(),
-            reduction="none",
-        )
-        scored = output.scored.float()
-        rtd = nn.functional.binary_cross_entropy_with_logits(
-            output.rtd_logits.float(), output.replaced.float(), reduction="none"
-        )
-        return Losses(
-            (mlm * chosen.flatten()).sum(), chosen.sum(), (rtd * scored).sum(), scored.sum()
-        )
+        def read(logits: Tensor, rows: slice) -> Tensor:
+            if self.sampling == "gumbel":
+                found = gumbel_sample(logits, self.temperature)
+            else:
+                assert batch.numbers is not None
+                found = sample(logits, batch.numbers[rows], self.temperature)
+            return torch.stack([found, logits.argmax(-1)], -1) if guess else found[:, None]
 
-    def export_discriminator(self) -> Model:
-        """The discriminator on its own, GDES tables folded into one."""
-        model = Model(self.discriminator.config, "rtd")
-        state = dict(self.discriminator.state_dict())
-        embeddings = self.discriminator.backbone.embeddings
-        for name in _TABLES:
-            part = getattr(embeddings, name)
-            if isinstance(part, DeltaEmbedding):
-                prefix = f"backbone.embeddings.{name}."
-                state.pop(prefix + "_weight")
-                state[prefix + "weight"] = part.weight.detach()
-        model.load_state_dict(state)
-        return model
+        hidden = chosen_states(self.generator, batch, batch.inputs)
+        losses, found = vocabulary_losses(self.generator, hidden, batch.targets, read)
+        assert found is not None
+        samples = found[:, 0]
+        ids = batch.input_ids
+        corrupted = ids.flatten().index_copy(0, batch.positions, samples).view_as(ids)
+        return Outcome(corrupted, losses, samples, found[:, 1] if guess else None, hidden)
+
+    def discriminate(self, batch: Batch, corrupted: Tensor) -> Tensor:
+        """The discriminator's loss on every token that it is scored on, float32 [n]."""
+        raise NotImplementedError
+
+    def scored(self, batch: Batch) -> int:
+        """How many tokens the discriminator is scored on: all real ones."""
+        return batch.tokens
+
+    def observe(self, batch: Batch) -> dict[str, Tensor]:
+        outcome = self.generate(batch, guess=True)
+        observed = self.observe_discriminator(batch, outcome.corrupted)
+        if outcome.losses is not None and outcome.guesses is not None:
+            observed["mlm_loss"] = outcome.losses
+            observed["mlm_accuracy"] = outcome.guesses == batch.targets
+        return observed
+
+    def observe_discriminator(self, batch: Batch, corrupted: Tensor) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+class ReplacedTokenDetection(Pair):
+    """`electra`: was this token replaced? Binary cross-entropy over all real tokens.
+
+    A sample that equals the original token was not replaced. Source: ELECTRA, section 3.1.
+    """
+
+    head = "rtd"
+    name = "rtd_loss"
+
+    def judged(self, batch: Batch) -> Tensor | slice:
+        """The tokens of the flattened batch that are scored."""
+        return real(batch)
+
+    def discriminate(self, batch: Batch, corrupted: Tensor) -> Tensor:
+        return self.detection_losses(batch, corrupted)[self.judged(batch)]
+
+    def detection_losses(self, batch: Batch, corrupted: Tensor) -> Tensor:
+        """The loss of every token, padding too, float32 [T]."""
+        logits = self.logits(batch, corrupted)
+        replaced = (corrupted != batch.input_ids).flatten().to(logits.dtype)
+        return binary_cross_entropy_with_logits(logits, replaced, reduction="none")
+
+    def logits(self, batch: Batch, corrupted: Tensor) -> Tensor:
+        """float32 [T] of the flattened batch; above 0 = replaced."""
+        logits = self.discriminator(**model_inputs(batch, corrupted)).logits
+        assert logits is not None
+        return logits.to(accumulator(logits.dtype)).flatten()
+
+    def observe_discriminator(self, batch: Batch, corrupted: Tensor) -> dict[str, Tensor]:
+        logits, replaced = self.logits(batch, corrupted), (corrupted != batch.input_ids).flatten()
+        losses = binary_cross_entropy_with_logits(
+            logits, replaced.to(logits.dtype), reduction="none"
+        )
+        kept = real(batch)
+        return {
+            "rtd_loss": losses[self.judged(batch)],
+            "rtd_logit": logits[kept],
+            "replaced": replaced[kept],
+        }
+
+
+class ChosenTokenDetection(ReplacedTokenDetection):
+    """`electra_15`: the same, scored at the chosen positions alone.
+
+    Source: ELECTRA, section 3.4.
+    """
+
+    def judged(self, batch: Batch) -> Tensor:
+        return batch.positions
+
+    def scored(self, batch: Batch) -> int:
+        return len(batch.positions)
+
+
+class ReplaceMLM(Pair):
+    """`replace_mlm`: a masked language model that reads the generator's samples, not [MASK].
+
+    Source: ELECTRA, section 3.4.
+    """
+
+    name = "replace_mlm_loss"
+
+    def discriminate(self, batch: Batch, corrupted: Tensor) -> Tensor:
+        losses, _ = token_losses(self.discriminator, batch, corrupted)
+        return losses if batch.weights is None else losses * batch.weights
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        counts = super().counts(batch)
+        return {**counts, self.name: batch.chosen} if self.name in counts else counts
+
+    def observe_discriminator(self, batch: Batch, corrupted: Tensor) -> dict[str, Tensor]:
+        losses, guesses = token_losses(self.discriminator, batch, corrupted, read=guess_token)
+        assert guesses is not None
+        return {self.name: losses, "replace_mlm_accuracy": guesses == batch.targets}
+
+
+class AllTokensMLM(Pair):
+    """`all_tokens_mlm`: the original of every real token is predicted, by copying or by choice.
+
+    p(v) = D 1[input = v] + (1 - D) softmax(v), D = sigmoid(w h). Source: ELECTRA, section 3.4.
+    """
+
+    name = "all_tokens_mlm_loss"
+
+    def __init__(self, config: Config, **options: Any):
+        super().__init__(config, **options)
+        self.gate = nn.Linear(config.hidden_size, 1, bias=False)
+        nn.init.normal_(self.gate.weight, std=config.initializer_range)
+
+    def networks(self) -> dict[str, list[nn.Module]]:
+        networks = super().networks()
+        return {**networks, "discriminator": [self.discriminator, self.gate]}
+
+    def discriminate(self, batch: Batch, corrupted: Tensor) -> Tensor:
+        losses, gate, _, inputs, targets = self._predict(batch, corrupted)
+        return copy_cross_entropy(losses, gate, inputs == targets)
+
+    def _predict(
+        self, batch: Batch, corrupted: Tensor, read: Reader | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+        """-log softmax of the originals, gates, what `read` found, inputs and originals: [n] of
+        the real tokens."""
+        kept = real(batch)
+        inputs, targets = corrupted.flatten()[kept], batch.input_ids.flatten()[kept]
+        states = self.discriminator.backbone(**model_inputs(batch, corrupted))[-1]
+        hidden = token_rows(states, batch)[kept]
+        losses, found = vocabulary_losses(self.discriminator, hidden, targets, read)
+        return losses, self.gate(hidden).squeeze(-1), found, inputs, targets
+
+    def observe_discriminator(self, batch: Batch, corrupted: Tensor) -> dict[str, Tensor]:
+        own = corrupted.flatten()[real(batch)]
+
+        def read(logits: Tensor, rows: slice) -> Tensor:
+            """The likeliest token, its log-probability and the input's."""
+            log_probs = logits.log_softmax(-1)
+            best, token = log_probs.max(-1)
+            copied = log_probs.gather(1, own[rows, None]).squeeze(1)
+            return torch.stack([token.to(best.dtype), best, copied], -1)
+
+        losses, gate, found, inputs, targets = self._predict(batch, corrupted, read)
+        assert found is not None
+        token, best, copied = found.unbind(-1)
+        copy = gate.float().sigmoid()
+        copies = copy + (1 - copy) * copied.exp() >= (1 - copy) * best.exp()
+        right = torch.where(copies, inputs, token.long()) == targets
+        return {
+            self.name: copy_cross_entropy(losses, gate, inputs == targets),
+            "all_tokens_mlm_accuracy": right,
+            "all_tokens_mlm_accuracy_replaced": right[inputs != targets],
+        }

@@ -74,6 +74,30 @@ class Events:
             self._writer.close()
 
 
+class Log:
+    """A run's metrics.jsonl and TensorBoard events; where not `main`, nothing is written."""
+
+    def __init__(self, output: Path, step: int, main: bool):
+        self._metrics = MetricsFile(output, step) if main else None
+        self._events = Events(output, step) if main else None
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Values that are functions of the data and the seed."""
+        if self._metrics is not None:
+            self._metrics.write(step, values)
+        self.watch(step, values)
+
+    def watch(self, step: int, values: dict[str, Any]) -> None:
+        """Values that depend on time: events only."""
+        if self._events is not None:
+            self._events.write(step, values)
+
+    def close(self) -> None:
+        for part in (self._metrics, self._events):
+            if part is not None:
+                part.close()
+
+
 class Progress(Protocol):
     """Follows a long task step by step; `say` prints a line that stays."""
 

@@ -10,7 +10,12 @@ from typing import Any, TypeVar
 
 S = TypeVar("S")
 
-PRECISIONS = ("fp32", "bf16")
+# The values of settings that are one of several names.
+CHOICES = {
+    "precision": ("fp32", "bf16", "fp16"),
+    "schedule": ("linear", "constant", "cosine", "google"),
+    "parallel": ("ddp", "fsdp"),
+}
 
 
 @dataclass
@@ -19,15 +24,22 @@ class TrainSettings:
 
     output: str = "runs/run"  # directory of the run
     steps: int = 1000
-    batch_size: int = 32  # sequences a step
+    batch_size: int = 32  # sequences a step, over all ranks and micro-batches
+    accumulation: int = 1  # micro-batches that each rank's share of a step is cut into
     learning_rate: float = 5e-4
-    warmup_steps: int = 100  # linear warm-up, then linear decay to zero
+    warmup_steps: int = 100
+    schedule: str = "linear"  # decay to zero; or "constant", "cosine", "google"
     weight_decay: float = 0.01  # not on biases and LayerNorm
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-6
+    bias_correction: bool = True  # of AdamW's moments; Google's ELECTRA has none
     max_grad_norm: float = 1.0
-    precision: str = "fp32"  # or "bf16": autocast
+    ema: float = 0.0  # decay of averaged weights, which are then evaluated and exported
+    precision: str = "fp32"  # or "bf16", "fp16": autocast, the latter with scaled losses
+    compile: bool = False  # torch.compile
+    activation_checkpointing: bool = False  # layers run again in the backward pass: less memory
+    parallel: str = "ddp"  # of several ranks: whole copies; or "fsdp", each holds its share
     device: str = "auto"  # "cuda" where there is one, else "cpu"
     backend: str = "auto"  # of attention
     seed: int = 0
@@ -38,11 +50,12 @@ class TrainSettings:
 
     def check(self) -> None:
         """Raises ValueError for a value out of range, naming its key."""
-        if self.precision not in PRECISIONS:
-            raise ValueError(
-                f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}"
-            )
-        for key in ("steps", "batch_size", "log_every", "keep_checkpoints"):
+        for key, names in CHOICES.items():
+            if getattr(self, key) not in names:
+                raise ValueError(
+                    f"{key} must be one of {', '.join(names)}; got {getattr(self, key)!r}"
+                )
+        for key in ("steps", "batch_size", "accumulation", "log_every", "keep_checkpoints"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
         for key in ("warmup_steps", "evaluate_every", "checkpoint_every", "weight_decay"):
@@ -51,6 +64,14 @@ class TrainSettings:
         for key in ("learning_rate", "max_grad_norm", "epsilon"):
             if getattr(self, key) <= 0:
                 raise ValueError(f"{key} must be positive, got {getattr(self, key)}")
+        for key in ("beta1", "beta2", "ema"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"{key} must be in [0, 1), got {getattr(self, key)}")
+        if self.accumulation > self.batch_size:
+            raise ValueError(
+                f"accumulation must be at most batch_size = {self.batch_size}, "
+                f"got {self.accumulation}"
+            )
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:

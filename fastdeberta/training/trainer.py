@@ -3,7 +3,8 @@
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -13,34 +14,61 @@ from torch import Tensor, nn
 
 from ..attention import set_backend
 from ..files import write_atomically
+from ..models.encoder import Encoder
 from . import checkpoint
-from .optimizer import clip_gradients, make_optimizer, set_learning_rate
-from .reporting import Events, MetricsFile, NoProgress, Progress
+from .distributed import Ranks, Replica, Shards, lost_contact, to_device, whole_tensor
+from .draws import Draws, seed_step
+from .optimizer import LossScaler, clip_gradients, make_optimizer, set_learning_rate
+from .order import epoch_rows
+from .reporting import Log, NoProgress, Progress
 from .settings import TrainSettings, load_yaml, to_yaml
+from .throughput import utilization
 
 CONFIG = "config.yaml"
 
+# Settings that may differ where a run goes on: they change how a step is computed, not what.
+FREE = ("output", "accumulation", "activation_checkpointing", "compile")
+
 
 class Task(Protocol):
-    """What is trained. All of it must be a function of its arguments and torch's seed."""
+    """What is trained. Random numbers come from `draws` and torch's seeded generator alone.
+
+    Attributes:
+        model: model(batch) -> each loss's sum over the batch, by name, as scalars. It may be
+            wrapped; `evaluate` and `export` always find it whole, with the weights to be judged.
+        rows: training rows; the trainer says which of them a step takes.
+    """
 
     title: str
     model: nn.Module
+    rows: int
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Optimiser groups, each with a `peak_lr`."""
+        """Optimiser groups, each with a `peak_lr` and its `network`."""
         ...
 
-    def batch(self, step: int) -> Any:
-        """The data of step `step`."""
+    def begin(self, step: int) -> None:
+        """Before step `step`, from 0: may copy or freeze weights. Twice is as good as once."""
         ...
 
-    def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss to minimise, and scalars to log beside it."""
+    def batch(self, rows: Tensor, draws: Draws) -> Any:
+        """One micro-batch of the training rows `rows`, int64 [count], on the CPU."""
+        ...
+
+    def counts(self, batch: Any) -> dict[str, float]:
+        """The denominators of the losses, by the names of their sums."""
+        ...
+
+    def weights(self, step: int) -> dict[str, float]:
+        """The loss of a step is the sum of weight * sum / count; a name left out is only logged."""
         ...
 
     def tokens(self, batch: Any) -> int:
         """Real tokens in a batch."""
+        ...
+
+    def compute(self, batch: Any) -> float:
+        """Floating-point operations of training on a batch; 0.0: unknown."""
         ...
 
     def evaluate(self) -> dict[str, float]:
@@ -56,96 +84,124 @@ class Interrupted(Exception):
     """A signal stopped the run; its message names the checkpoint that continues it."""
 
 
+class RankLost(Interrupted):
+    """Another process of the run is gone; the message names the checkpoint that continues it."""
+
+
 class Diverged(Exception):
     """The loss is no longer finite; the last good checkpoint is kept."""
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device that a setting names; "auto" is CUDA where there is one, else the CPU.
-
-    Raises:
-        ValueError: no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device: no {name!r} here: {str(error).splitlines()[0]}") from None
-    return device
 
 
 class Trainer:
     """Runs a task to its last step, from the run's newest checkpoint if it has one.
 
     Every step seeds torch with (seed, step) and takes the data of `step`, so that the step
-    number, the weights and the optimiser are all there is to restore.
+    number, the weights and the optimiser are all there is to restore. Of several processes each
+    takes its share of every step's rows; rank 0 alone evaluates, logs and writes.
+
+    Attributes:
+        main: whether this process is rank 0. After `run`, only there does the task's model hold
+            the final weights (the averaged ones, with ema).
 
     Raises:
-        ValueError: the output directory holds a run with other settings.
+        ValueError: the output directory holds a run with other settings, or too few rows for all
+            ranks and micro-batches.
     """
 
     def __init__(self, task: Task, settings: TrainSettings, progress: Progress | None = None):
         self.task, self.settings = task, settings
-        self.progress = progress or NoProgress()
+        self.ranks = Ranks(settings.device)
+        self.main, self.device = self.ranks.main, self.ranks.device
+        self.progress = (progress or NoProgress()) if self.main else NoProgress()
         self.output = Path(settings.output)
-        self.device = resolve_device(settings.device)
-        self.model = task.model.to(self.device)
-        set_backend(self.model, settings.backend)
-        self.optimizer = make_optimizer(task.parameter_groups(), settings)
+        self.sequences = min(settings.batch_size, task.rows)  # of a step
+        parts = self.ranks.count * settings.accumulation
+        if self.sequences < parts:
+            raise ValueError(
+                f"batch_size: a step of {self.sequences} rows cannot be cut into {parts} "
+                f"(ranks: {self.ranks.count}, accumulation: {settings.accumulation})"
+            )
+        set_backend(task.model, settings.backend)
+        for module in task.model.modules():
+            if isinstance(module, Encoder):
+                module.activation_checkpointing = settings.activation_checkpointing
+        sharded = settings.parallel == "fsdp" and self.ranks.count > 1
+        groups = task.parameter_groups()
+        self.held: Replica | Shards
+        if sharded:
+            names = {id(p): name for name, p in task.model.named_parameters()}
+            self.held = Shards(task.model, self.ranks)
+            ours = dict(self.held.model.named_parameters())
+            for group in groups:
+                group["params"] = [ours[names[id(p)]] for p in group["params"]]
+        else:
+            self.held = Replica(task.model.to(self.device), self.ranks)
+        self.model = self.held.model
+        if settings.compile:
+            self.model.compile()
+        self.optimizer = make_optimizer(groups, settings)
+        self.scaler = LossScaler(settings.precision == "fp16")
+        self.averages: dict[str, Tensor] = {}
+        if settings.ema:
+            self.averages = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         self.step = 0
         self.tokens_seen = 0
+        self.flops = 0.0
         self.seconds = 0.0  # of training, evaluations and checkpoints excluded
-        self._window: dict[str, float] = {}
-        self._window_steps = 0
-        self._stop: int | None = None
+        self._window: dict[str, list[float]] = {}  # of each value its sum and count since a log
+        self._signal: int | None = None
+        self._stop: int | None = None  # a signal that every rank knows of
 
     def run(self) -> dict[str, Any]:
-        """Trains; returns the last evaluation with step, tokens and training time.
+        """Trains; returns the last evaluation with step, compute and training time, on every rank.
 
         Raises:
-            Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
+            Interrupted: SIGINT or SIGTERM came; a checkpoint was written. Or another rank is gone.
             Diverged: the loss became infinite or NaN.
         """
-        self._start_or_resume()
-        metrics, events = MetricsFile(self.output, self.step), Events(self.output, self.step)
-        scores: dict[str, float] = {}
         handlers = self._catch_signals()
+        try:
+            return self._run()
+        except Exception as error:
+            if self.ranks.count > 1 and lost_contact(error):
+                kept = _newest(self.output)
+                handlers.clear()  # The launcher's SIGTERM must not come before the message.
+                raise RankLost(
+                    f"rank {self.ranks.rank} of {self.ranks.count}: another rank is gone, at step "
+                    f"{self.step + 1}; start the job again to go on "
+                    f"{f'from {kept}' if kept else 'from the start: there is no checkpoint yet'}"
+                ) from error
+            raise
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _run(self) -> dict[str, Any]:
+        self._start_or_resume()
+        log = Log(self.output, self.step, self.main)
         self.progress.start(self.task.title, self.step, self.settings.steps)
-
-        def write(values: dict[str, Any]) -> None:
-            metrics.write(self.step, values)
-            events.write(self.step, values)
-
+        scores: dict[str, float] = {}
         try:
             while self.step < self.settings.steps:
                 self._train_step()
                 last = self.step == self.settings.steps
                 if self._due(self.settings.log_every) or last:
-                    self._log(write, events)
+                    self._log(log)
                 if self._due(self.settings.evaluate_every) or last:
-                    scores = self._evaluate(write)
-                if self._due(self.settings.checkpoint_every) or last or self._stop is not None:
+                    scores = self._evaluate(log)
+                stop = self._stopping()
+                if self._due(self.settings.checkpoint_every) or last or stop is not None:
                     path = self._checkpoint()
-                    if self._stop is not None and not last:
-                        name = signal.Signals(self._stop).name
+                    if stop is not None and not last:
+                        name = signal.Signals(stop).name
                         raise Interrupted(f"{name}: stopped after step {self.step}; saved {path}")
         finally:
             self.progress.stop()
-            metrics.close()
-            events.close()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+            log.close()
         if not scores:  # The run was complete before it started.
             scores = self._scores()
-        return {
-            **scores,
-            "step": self.step,
-            "tokens": self.tokens_seen,
-            "train_seconds": round(self.seconds, 1),
-            "tokens_per_second": round(self.tokens_seen / max(self.seconds, 1e-9)),
-        }
+        self._leave_weights()
+        return self.ranks.share({**scores, **self._totals()})
 
     def measure(self, steps: int) -> float:
         """Seconds a step, over a few real steps; what they change is not saved."""
@@ -154,25 +210,43 @@ class Trainer:
             self._train_step()
         return (self.seconds - started) / steps
 
+    def _totals(self) -> dict[str, Any]:
+        """What the run took until now."""
+        totals = {
+            "step": self.step,
+            "tokens": self.tokens_seen,
+            "flops": self.flops,
+            "train_seconds": round(self.seconds, 1),
+            "tokens_per_second": round(self.tokens_seen / max(self.seconds, 1e-9)),
+        }
+        if self.main and self.flops and self.seconds:
+            rate = self.flops / self.seconds / self.ranks.count
+            totals |= utilization(rate, self.device, self.settings.precision)
+        return totals
+
     def _start_or_resume(self) -> None:
-        resolved = to_yaml(self.settings)
-        checkpoint.remove_unfinished(self.output)
-        saved = checkpoint.checkpoints(self.output)
-        if saved:
+        if self.main:
+            checkpoint.remove_unfinished(self.output)
+        self.ranks.wait()
+        newest = self.ranks.share(_newest(self.output))
+        if newest is not None:
             self._check_same_settings()
-            state = checkpoint.load(saved[-1], self.model, self.optimizer)
+            state = checkpoint.load(newest, self._weights(), self._sharded_files)
             self.step, self.tokens_seen = state["step"], state["tokens"]
-            self.seconds = state["seconds"]
-            self._window, self._window_steps = state["window"], state["window_steps"]
+            self.flops, self.seconds = state["flops"], state["seconds"]
+            self._window = state["window"]
+            self.scaler.load(state["scaler"])
             self.progress.say(f"resuming {self.output} after step {self.step}")
-        write_atomically(self.output / CONFIG, resolved)
+        self.ranks.wait()
+        if self.main:
+            write_atomically(self.output / CONFIG, to_yaml(self.settings))
 
     def _check_same_settings(self) -> None:
         import yaml
 
         old = load_yaml(self.output / CONFIG)
         new = yaml.safe_load(to_yaml(self.settings))
-        changed = [key for key in new if key != "output" and old.get(key) != new[key]]
+        changed = [key for key in new if key not in FREE and old.get(key) != new[key]]
         if changed:
             key = changed[0]
             raise ValueError(
@@ -184,85 +258,222 @@ class Trainer:
         started = time.perf_counter()
         self.model.train()
         seed_step(self.settings.seed, self.step)
-        batch = to_device(self.task.batch(self.step), self.device)
-        with self._autocast():
-            loss, values = self.task.loss(batch)
-        loss.backward()
-        norms = clip_gradients(self.optimizer, self.settings.max_grad_norm)
-        set_learning_rate(self.optimizer, self.step, self.settings)
-        values = {"loss": loss, **values}
-        values |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
-        numbers = {name: value.item() for name, value in values.items()}
-        if not all(map(math.isfinite, numbers.values())):
-            kept = checkpoint.checkpoints(self.output)
-            where = (
-                f"the last checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
-            )
-            raise Diverged(
-                f"step {self.step + 1}: {numbers}; a lower learning_rate may help; {where}"
-            )
-        self.optimizer.step()
+        self._begin()
+        seed_step(self.settings.seed, self.step, self.ranks.rank)
+        batches = self._batches()
+        counts, tokens, flops = self._counts(batches)
+        weights = self.task.weights(self.step)
+        factors = {k: weights.get(k, 0.0) / count if count else 0.0 for k, count in counts.items()}
+        sums: dict[str, Tensor] = {}
+        for i, batch in enumerate(batches):
+            with self.held.accumulate(last=i == len(batches) - 1):
+                with self._autocast():
+                    loss, terms = self.held.call(to_device(batch, self.device), factors)
+                # Ranks' gradients are averaged, but ours are parts of one sum.
+                (loss * (self.scaler.scale * self.ranks.count)).backward()
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0.0) + term.double()
+        numbers, norms = self._reduce(sums, counts, factors)
+        finite = all(map(math.isfinite, norms.values()))
+        if not all(map(math.isfinite, numbers.values())) or not (finite or self.scaler.enabled):
+            raise Diverged(self._diverged({**numbers, **norms}))
+        if finite:
+            set_learning_rate(self.optimizer, self.step, self.settings)
+            self.optimizer.step()
+            self._average()
         self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.update(finite)
+        if self.scaler.scale < 2.0**-14:
+            raise Diverged(self._diverged({**numbers, **norms}))
         self.step += 1
-        self.tokens_seen += self.task.tokens(batch)
+        self.tokens_seen += tokens
+        self.flops += flops
         self.seconds += time.perf_counter() - started
-        for name, number in numbers.items():
-            self._window[name] = self._window.get(name, 0.0) + number
-        self._window_steps += 1
+        for name, number in (numbers | (norms if finite else {})).items():
+            total, count = self._window.get(name, (0.0, 0))
+            self._window[name] = [total + number, count + 1]
         self.progress.update(self.step, f"loss {numbers['loss']:.3f}")
 
-    def _log(self, write: Callable[[dict[str, Any]], None], events: Events) -> None:
-        means = {name: total / self._window_steps for name, total in self._window.items()}
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        write({**means, "learning_rate": max(rates), "tokens": self.tokens_seen})
-        events.write(self.step, {"tokens_per_second": self.tokens_seen / max(self.seconds, 1e-9)})
-        self._window, self._window_steps = {}, 0
+    def _begin(self) -> None:
+        """Lets the task change weights; where they are sharded, on a whole copy, if it does."""
+        whole = [*self.task.model.parameters(), *self.task.model.buffers()]
+        before = [tensor._version for tensor in whole]
+        self.task.begin(self.step)
+        if isinstance(self.held, Shards) and before != [tensor._version for tensor in whole]:
+            self.held.gather(everywhere=True)
+            self.task.begin(self.step)
+            self.held.scatter()
 
-    def _evaluate(self, write: Callable[[dict[str, Any]], None]) -> dict[str, float]:
+    def _batches(self) -> list[Any]:
+        """This rank's micro-batches of the step."""
+        settings, total = self.settings, self.sequences
+        rows = epoch_rows(self.task.rows, total, self.step, settings.seed)
+        parts = self.ranks.count * settings.accumulation
+        bounds = [total * i // parts for i in range(parts + 1)]
+        first = self.ranks.rank * settings.accumulation
+        return [
+            self.task.batch(
+                rows[start:end], Draws(settings.seed, self.step, start, end - start, total)
+            )
+            for start, end in zip(
+                bounds[first : first + settings.accumulation], bounds[first + 1 :], strict=False
+            )
+        ]
+
+    def _counts(self, batches: list[Any]) -> tuple[dict[str, float], int, float]:
+        """The step's denominators, tokens and operations, over all micro-batches and ranks."""
+        counts: dict[str, float] = {}
+        for batch in batches:
+            for name, count in self.task.counts(batch).items():
+                counts[name] = counts.get(name, 0.0) + count
+        tokens = sum(map(self.task.tokens, batches))
+        flops = sum(map(self.task.compute, batches))
+        values = torch.tensor([*counts.values(), tokens, flops], dtype=torch.float64)
+        *totals, tokens, flops = self.ranks.sum(values).tolist()
+        return dict(zip(counts, totals, strict=True)), int(tokens), flops
+
+    def _reduce(
+        self, sums: dict[str, Tensor], counts: dict[str, float], factors: dict[str, float]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """The step's losses, and the gradients' norms before they are clipped."""
+        if isinstance(self.held, Shards):
+            self.held.forget_frozen()
+        norms = clip_gradients(self.optimizer, self.settings.max_grad_norm, self.scaler.scale)
+        values = [*sums.values(), *(whole_tensor(norm).double() for norm in norms.values())]
+        numbers = torch.stack([value.to(self.device) for value in values]).cpu()
+        stop = torch.tensor([float(self._signal or 0)])
+        totals = self.ranks.sum(torch.cat([numbers[: len(sums)], stop.double()])).tolist()
+        if totals.pop():
+            self._stop = self._signal or signal.SIGTERM
+        summed = dict(zip(sums, totals, strict=True))
+        losses = {name: total / counts[name] for name, total in summed.items() if counts[name]}
+        losses["loss"] = sum(factors[name] * total for name, total in summed.items())
+        grad_norms = numbers[len(sums) :].tolist()
+        return losses, {f"grad_norm/{n}": v for n, v in zip(norms, grad_norms, strict=True)}
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        for name, parameter in self.model.named_parameters() if self.averages else ():
+            self.averages[name].lerp_(parameter, 1 - self.settings.ema)
+
+    def _diverged(self, numbers: dict[str, float]) -> str:
+        kept = _newest(self.output)
+        where = f"the last checkpoint is {kept}" if kept else "no checkpoint was written yet"
+        return f"step {self.step + 1}: {numbers}; a lower learning_rate may help; {where}"
+
+    def _log(self, log: Log) -> None:
+        means = {name: total / count for name, (total, count) in self._window.items()}
+        values: dict[str, Any] = {
+            **means,
+            "learning_rate": max(group["lr"] for group in self.optimizer.param_groups),
+            "tokens": self.tokens_seen,
+            "flops": self.flops,
+        }
+        if self.scaler.enabled:
+            values |= {"skipped_steps": self.scaler.skipped}
+        log.write(self.step, values)
+        log.watch(self.step, {"tokens_per_second": self.tokens_seen / max(self.seconds, 1e-9)})
+        self._window = {}
+
+    def _evaluate(self, log: Log) -> dict[str, float]:
         scores = self._scores()
-        write({f"held_out/{name}": value for name, value in scores.items()})
+        log.write(self.step, {f"held_out/{name}": value for name, value in scores.items()})
         shown = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
         self.progress.say(f"step {self.step}: held-out {shown}")
         return scores
 
     def _scores(self) -> dict[str, float]:
-        self.model.eval()
+        """The task's evaluation, of rank 0."""
         seed_step(self.settings.seed, -1)  # The same draws at every evaluation.
-        with torch.no_grad(), self._autocast():
-            return self.task.evaluate()
+        scores: dict[str, float] = {}
+        with self._judged():
+            if self.main:
+                self.task.model.eval()
+                with torch.no_grad(), self._autocast():
+                    scores = self.task.evaluate()
+        return self.ranks.share(scores)
+
+    @contextmanager
+    def _judged(self) -> Iterator[None]:
+        """The task's model as it is evaluated and exported: whole, averaged with ema."""
+        if isinstance(self.held, Shards):
+            self.held.gather(self.averages)
+            if self.main:
+                self.task.model.to(self.device)
+            try:
+                yield
+            finally:
+                self.task.model.to("cpu")
+            return
+        self._swap_averages()
+        try:
+            yield
+        finally:
+            self._swap_averages()
+
+    def _swap_averages(self) -> None:
+        for name, parameter in self.model.named_parameters() if self.averages else ():
+            parameter.data, self.averages[name] = self.averages[name], parameter.data
+
+    def _leave_weights(self) -> None:
+        """Leaves the final weights in the task's model, for whoever uses it after the run."""
+        if isinstance(self.held, Shards):
+            self.held.gather(self.averages)
+        else:
+            self._swap_averages()
+
+    @property
+    def _sharded_files(self) -> bool:
+        return self.settings.parallel == "fsdp"
+
+    def _weights(self) -> checkpoint.Weights:
+        return checkpoint.Weights(self.model, self.optimizer, self.averages)
+
+    def _export(self, directory: Path) -> None:
+        with self._judged():
+            if self.main:
+                self.task.export(directory)
 
     def _checkpoint(self) -> Path:
         state = {
             "tokens": self.tokens_seen,
+            "flops": self.flops,
             "seconds": self.seconds,
             "window": self._window,
-            "window_steps": self._window_steps,
             "seed": self.settings.seed,
+            "scaler": self.scaler.state(),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
         }
         return checkpoint.save(
             self.output,
             self.step,
-            self.model,
-            self.optimizer,
+            self._weights(),
             state,
-            self.task.export,
+            self._export,
             self.settings.keep_checkpoints,
+            self.ranks,
+            self._sharded_files,
         )
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
+    def _stopping(self) -> int | None:
+        """The signal that ends the run; of several ranks, all must know of it."""
+        return self._signal if self.ranks.count == 1 else self._stop
+
     def _autocast(self) -> torch.autocast:
-        enabled = self.settings.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+        dtype = torch.float16 if self.settings.precision == "fp16" else torch.bfloat16
+        enabled = self.settings.precision != "fp32"
+        return torch.autocast(self.device.type, dtype, enabled=enabled)
 
     def _catch_signals(self) -> dict[int, Any]:
         """Lets SIGINT and SIGTERM end the run after its current step; a second one is final."""
 
         def handle(number: int, frame: FrameType | None) -> None:
-            if self._stop is not None:
+            if self._signal is not None:
                 raise KeyboardInterrupt
-            self._stop = number
+            self._signal = number
 
         handlers: dict[int, Any] = {}
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -273,27 +484,5 @@ class Trainer:
         return handlers
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Seeds torch for one step: a function of both numbers, different for every step."""
-    torch.manual_seed((seed * 1_000_003 + step + 1) & 0x7FFF_FFFF_FFFF_FFFF)
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Moves every tensor of a (named) tuple, dict or tensor."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    return batch
-
-
-def epoch_rows(count: int, batch_size: int, step: int, seed: int) -> Tensor:
-    """Row numbers of step `step` when `count` rows are shuffled anew for every epoch.
-
-    An epoch has count // batch_size steps (at least one); what is left over sits it out.
-    """
-    batch_size = min(batch_size, count)
-    epoch, index = divmod(step, count // batch_size)
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(count, generator=generator)
-    return order[index * batch_size : (index + 1) * batch_size]
+def _newest(output: Path) -> Path | None:
+    return next(reversed(checkpoint.checkpoints(output)), None)
