@@ -4,7 +4,6 @@ A trace must not depend on values: in it models keep padding and run their modul
 """
 
 import importlib
-import json
 import logging
 import shutil
 import warnings
@@ -19,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from .attention import DisentangledAttention
-from .files import atomic_directory, write_atomically
+from .files import atomic_directory
 from .models import Config, Model, ModelOutput, from_pretrained, layouts
+from .models.checkpoint import write_config
 from .models.encoded import SpanBeam
 
 # What torch.export.export(model, ...) by hand gives back.
@@ -243,7 +243,7 @@ def export(
     if format == "transformers":
         loaded.save_pretrained(out)
         _publish(out, lambda place: _copy_tokenizer(source, place))
-        if _architecture(loaded) is None:
+        if layouts.architecture(loaded.config, head) is None:
             lines.append(f"transformers has no class for head {head!r}: it can load the encoder")
         return [*lines, f"written: {out}"]
     whole = out.is_dir() or out.suffix != Path(_FILES[format]).suffix
@@ -395,11 +395,7 @@ def _publish(directory: Path, write: Callable[[Path], None], graph: str | None =
 
 
 def _write_companions(model: Model, source: Path, directory: Path) -> None:
-    values = model.config.to_dict()
-    values.pop("architectures", None)
-    if (architecture := _architecture(model)) is not None:
-        values["architectures"] = [architecture]
-    write_atomically(directory / "config.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
+    write_config(model, directory)
     _copy_tokenizer(source, directory)
 
 
@@ -419,12 +415,6 @@ def _local(model: str | Path) -> Path:
         return Path(snapshot_download(str(model), allow_patterns=["config.json", *TOKENIZER_FILES]))
     except (ImportError, OSError, ValueError):
         return Path(model)  # from_pretrained says what is wrong with it.
-
-
-def _architecture(model: Model) -> str | None:
-    """transformers' class for a model."""
-    key = layouts.variant(model.config, model.head_name)
-    return layouts.ARCHITECTURES[model.config.model_type].get(key)
 
 
 def _named_head(source: Path) -> str | None:

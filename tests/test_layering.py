@@ -36,7 +36,7 @@ MAY_IMPORT = dict.fromkeys(LEAVES, set[str]()) | {
     "integrations": {"attention", "backends", "inference", "op", "packing", "relative_position"},
     "models": {"attention", "cache", "files", "inference", "op", "packing", "relative_position"},
     "training": {"attention", "files", "models"},
-    "pretraining": {"datasets", "files", "models", "tokenizer", "training"},
+    "pretraining": {"datasets", "files", "models", "packing", "tokenizer", "training"},
     "finetuning": {"files", "models", "tokenizer", "training"},
 }
 # What a command does on its own may use every part above; the command line calls them all.

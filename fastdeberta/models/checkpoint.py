@@ -185,10 +185,14 @@ def write_model(model: Model, directory: Path, max_shard_size: int | str | None 
         for k, v in model.state_dict().items()
     }
     write_safetensors(tensors, directory, max_shard_size)
+    write_config(model, directory)
+
+
+def write_config(model: Model, directory: Path) -> None:
+    """Writes config.json, with transformers' class for the model where it has one."""
     values = model.config.to_dict()
     values.pop("architectures", None)
-    key = layouts.variant(model.config, model.head_name)
-    architecture = layouts.ARCHITECTURES[model.config.model_type].get(key)
+    architecture = layouts.architecture(model.config, model.head_name)
     if architecture is not None:
         values["architectures"] = [architecture]
     text = json.dumps(values, indent=2, sort_keys=True)

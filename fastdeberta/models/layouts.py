@@ -230,6 +230,11 @@ def variant(config: Config, head: str) -> str:
     return key if key in HEADS[config.model_type] else head
 
 
+def architecture(config: Config, head: str) -> str | None:
+    """transformers' class for a model, where it has one."""
+    return ARCHITECTURES[config.model_type].get(variant(config, head))
+
+
 def rows(config: Config, head: str) -> Rows:
     """Our names and transformers' for one model."""
     family = config.model_type

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..packing import sequence_of
 from ..training.draws import Draws
 from . import corruption
 from .examples import Rows
@@ -70,7 +71,7 @@ class Batch(NamedTuple):
         if self.cu_seqlens is None:
             return real.sum(1)
         counts = torch.zeros(len(self.cu_seqlens) - 1, dtype=torch.long)
-        return counts.index_add(0, _packed_sequences(self.cu_seqlens), real)
+        return counts.index_add(0, sequence_of(self.cu_seqlens, len(real)), real)
 
 
 @dataclass
@@ -195,13 +196,8 @@ def _sequences(rows: Rows) -> Tensor:
     """Each token's sequence, int64 [T] of the flattened batch."""
     ids = rows.input_ids
     if rows.cu_seqlens is not None:
-        return _packed_sequences(rows.cu_seqlens)
+        return sequence_of(rows.cu_seqlens, len(ids))
     return torch.arange(len(ids)).repeat_interleave(ids.size(1))
-
-
-def _packed_sequences(cu_seqlens: Tensor) -> Tensor:
-    lengths = cu_seqlens.diff()
-    return torch.arange(len(lengths)).repeat_interleave(lengths)
 
 
 def _uniform(rows: Rows, draws: Draws, row_lengths: Tensor | None, *shape: int) -> Tensor:
