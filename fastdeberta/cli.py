@@ -80,29 +80,97 @@ def prepare(
 
 @app.command()
 def finetune(
-    model: Annotated[str, typer.Option(help="directory or hub id of the checkpoint")],
     data_dir: Annotated[
-        Path, typer.Option(help="directory with train and dev as .jsonl, .tsv or .csv")
+        str,
+        typer.Option(
+            help="directory with the task's files, as distributed or as train and dev (.jsonl, .tsv"
+            " or .csv), or datasets:NAME"
+        ),
     ],
-    task: Annotated[str, typer.Option(help="what to fine-tune for")] = "classification",
+    model: Annotated[
+        str, typer.Option(help="directory or hub id of the checkpoint; none with ensemble=[...]")
+    ] = "",
+    task: Annotated[
+        str, typer.Option(help="what to fine-tune for: cola, squad2, classification, ...")
+    ] = "classification",
+    task_file: Annotated[
+        Path | None, typer.Option(help="YAML file that describes data of your own; see README")
+    ] = None,
+    sift: Annotated[
+        bool, typer.Option("--sift", help="scale-invariant fine-tuning: perturbed embeddings")
+    ] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Fine-tunes a checkpoint on labelled text and scores it."""
-    from .finetuning.classification import FinetuneSettings
-    from .finetuning.classification import finetune as run
+    """Fine-tunes a checkpoint for a task and scores it."""
+    from .finetuning.run import finetune as run
+    from .finetuning.settings import resolve
+    from .training.distributed import is_main
     from .training.reporting import default_progress
-    from .training.settings import apply_overrides, build
 
-    if task != "classification":
-        raise ValueError(f"task must be 'classification', got {task!r}")
-    values: dict[str, Any] = {
-        "model": model,
-        "train_file": str(_split_file(data_dir, "train")),
-        "dev_file": str(_split_file(data_dir, "dev")),
-    }
-    settings = build(FinetuneSettings, apply_overrides(values, overrides or []))
+    values: dict[str, Any] = {"data_dir": data_dir, "model": model, "task": task}
+    values |= {"task_file": str(task_file)} if task_file else {}
+    values |= {"sift": True} if sift else {}
+    settings, recipe = resolve(values, overrides or [])
+    if is_main():
+        print(recipe, flush=True)
     result = run(settings, default_progress())
     _summary(result, settings.output)
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Option(help="directory of the checkpoint, with its tokenizer")],
+    source: Annotated[
+        str, typer.Option("--input", metavar="FILE", help="a JSON object a line; - for stdin")
+    ],
+    out: Annotated[
+        str, typer.Option(metavar="FILE", help="a JSON object a line; - for stdout")
+    ] = "-",
+    on_error: Annotated[
+        str, typer.Option(metavar="fail|skip", help="of a line that cannot be read")
+    ] = "fail",
+    head: Annotated[
+        str | None, typer.Option(help="default: the one that the checkpoint's config.json names")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="tokens of a sequence (default: the model's)")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="of a batch")] = 4096,
+    precision: Annotated[str, typer.Option(metavar="fp32|bf16", help="of the model")] = "fp32",
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda (default: cuda where there is one)")
+    ] = None,
+    text_column: Annotated[str | None, typer.Option(help="key of the text")] = None,
+    pair_column: Annotated[
+        str | None, typer.Option(help="key of a pair's second text, the question or the options")
+    ] = None,
+) -> None:
+    """What a fine-tuned model says of every line; continues an interrupted run."""
+    from contextlib import redirect_stdout
+
+    from .finetuning.predict import predict as run
+    from .finetuning.predictors import load
+    from .training.reporting import default_progress
+
+    predictor = load(
+        model,
+        head,
+        precision,
+        device,
+        max_length=max_length,
+        tokens=tokens,
+        text=text_column,
+        beside=pair_column,
+    )
+    results = sys.stdout.buffer if out == "-" else out
+    with redirect_stdout(sys.stderr):  # Standard output is for results alone.
+        counts = run(predictor, source, results, on_error, default_progress())
+        rate = counts.new / max(counts.seconds, 1e-9)
+        print(f"lines: {counts.predicted} predicted, {counts.skipped} skipped; {rate:.1f} a second")
+        if counts.truncated:
+            print(f"truncated: {counts.truncated}, to {predictor.max_length} tokens")
+    if out != "-":
+        print(f"written: {out}")
 
 
 @app.command()
@@ -177,14 +245,6 @@ def bench(
         benchmark.tune(device, seconds, head_dim, dtype, candidates, out)
     else:
         benchmark.run(device, seconds, shape, dtype, file)
-
-
-def _split_file(directory: Path, name: str) -> Path:
-    candidates = [directory / f"{name}{ending}" for ending in (".jsonl", ".tsv", ".csv")]
-    for path in candidates:
-        if path.exists():
-            return path
-    raise FileNotFoundError(f"data-dir: none of {', '.join(map(str, candidates))} exists")
 
 
 def _summary(result: dict[str, Any], output: str) -> None:

@@ -1,33 +1,20 @@
-"""Fine-tuning: labelled files, batches, scores, and a run that must learn."""
+"""Fine-tuning runs: files in, scores, predictions and a model out."""
 
 import json
-import math
 
 import pytest
 import tiny
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, f1_score
+from finetuned import finetuning_of, lines_of, settings_of, write_data, write_files
 
+from fastdeberta import cli
 from fastdeberta import tokenizer as tokenizers
-from fastdeberta.finetuning import metrics
-from fastdeberta.finetuning.classification import (
-    FinetuneSettings,
-    SequenceClassification,
-    finetune,
-    reinitialize,
-)
-from fastdeberta.finetuning.data import (
-    Encoded,
-    Example,
-    collate,
-    encode,
-    label_names,
-    read_examples,
-    truncate,
-)
-from fastdeberta.models import Model, from_pretrained
+from fastdeberta.finetuning.examples import TextExample
+from fastdeberta.finetuning.recipes import layer_groups, recipe, reinitialize
+from fastdeberta.finetuning.run import finetune
+from fastdeberta.finetuning.settings import FinetuneSettings, find_task, resolve
+from fastdeberta.finetuning.tasks import TASKS
+from fastdeberta.models import Config, Model, deberta, electra, from_pretrained
 from fastdeberta.pretraining.corpus import load_corpus
 from fastdeberta.pretraining.settings import PretrainSettings
 from fastdeberta.pretraining.task import Pretraining
@@ -35,199 +22,16 @@ from fastdeberta.training.draws import Draws
 from fastdeberta.training.reporting import read_metrics
 from fastdeberta.training.settings import build
 
-PAD, CLS, SEP = 0, 1, 2
-
-# Reading
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("x.jsonl", '{"text": "a \\"b\\"", "label": 1}\n\n{"label": "no", "text": "c\\nd"}\n'),
-        ("x.csv", 'x,label,text\r\n0,1,"a ""b"""\r\n,no,"c\nd"\r\n'),
-        ("x.tsv", 'label\ttext\tx\n1\ta "b"\t0\nno\tc d\t\n'),  # Quotes are nothing special.
-    ],
-)
-def test_read_examples(name, content, tmp_path):
-    (tmp_path / name).write_text(content, newline="")
-    second = "c d" if name == "x.tsv" else "c\nd"
-    expected = [Example('a "b"', None, "1"), Example(second, None, "no")]
-    assert read_examples(tmp_path / name) == expected
-
-
-def test_columns(tmp_path):
-    path = tmp_path / "x.tsv"
-    path.write_bytes("\ufeffid\ts1\ts2\tgold\n1\tone\tcaf\u00e9\tyes\n".encode())
-    assert read_examples(path, "s1", "s2", "gold") == [Example("one", "caf\u00e9", "yes")]
-    assert read_examples(path, "s2", label=None) == [Example("caf\u00e9", None, None)]
-    assert read_examples(path, "id", label="s1") == [Example("1", None, "one")]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        (
-            "x.jsonl",
-            b'{"text": "a", "label": 1}\n{"text": "b"}',
-            "x.jsonl, line 2: no 'label'; it has text",
-        ),
-        ("x.jsonl", b'{"text": null, "label": 1}', "x.jsonl, line 1: no 'text'"),
-        ("x.jsonl", b"\n{'text'}", "x.jsonl, line 2: not JSON: "),
-        ("x.jsonl", b"[1]", "x.jsonl, line 1: expected a JSON object"),
-        ("x.jsonl", b'{"text": "a", "label": 1}\n"\xff', "x.jsonl is not UTF-8: line 2, byte 2"),
-        ("x.jsonl", b"", "no example in .*x.jsonl"),
-        ("x.csv", b"", "no example in .*x.csv"),
-        ("x.csv", b"text,label\n", "no example in .*x.csv"),
-        ("x.csv", b"txt,label\na,b\n", "x.csv, line 2: no 'text'; it has txt, label"),
-        ("x.csv", b"text,label\na,b\nc\n", "x.csv, line 3: no 'label'"),
-        ("x.tsv", b"text\tlabel\na\t1\n\n\xfe\t1\n", "x.tsv is not UTF-8: line 4, byte 1"),
-        ("x.csv", b"text,label\n" + 200_000 * b"x" + b",1\n", "x.csv, line .: field larger than"),
-        ("x.txt", b"a", "x.txt: expected a .jsonl, .tsv or .csv file"),
-    ],
-)
-def test_unreadable(name, content, message, tmp_path):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        read_examples(tmp_path / name)
-
-
-def test_missing(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such file: .*x.jsonl"):
-        read_examples(tmp_path / "x.jsonl")
-
-
-def test_label_names():
-    examples = [Example("", None, label) for label in ("b", "a", None, "b", "10", "9")]
-    assert label_names(examples) == ["10", "9", "a", "b"]
-
-
-# Encoding
-
-tokens = st.lists(st.integers(5, 9), max_size=40)
-
-
-@given(tokens, st.one_of(st.none(), tokens), st.integers(3, 60))
-def test_truncate(a, b, limit):
-    first, second = truncate(a, b, limit)
-    assert first == a[: len(first)]
-    if b is None:
-        assert second is None and len(first) == min(len(a), limit - 2)
-        return
-    assert second == b[: len(second)]
-    assert len(first) + len(second) == min(len(a) + len(b), limit - 3), "no more than needed"
-    cut_a, cut_b = len(a) - len(first), len(b) - len(second)
-    if cut_a:
-        assert len(first) >= len(second) - 1
-    if cut_b:
-        assert len(second) >= len(first) - 1
-
-
-def test_encode():
-    tokenizer = tiny.tokenizer()
-    examples = [
-        Example("the old crab", None, "b"),
-        Example("the owl", "the big old whale", "a"),
-        Example("the owl", None, None),
-    ]
-    encoded = encode(tokenizer, examples, ["a", "b"], 100, "train")
-    assert encoded.labels.tolist() == [1, 0, -1]
-    for example, ids, types in zip(examples, encoded.ids, encoded.types, strict=True):
-        theirs = tokenizer.encode(*(x for x in example[:2] if x is not None))
-        assert ids == theirs.ids and types == theirs.type_ids
-
-
-@given(st.integers(4, 40), st.booleans())
-def test_encoded_length(limit, pairs):
-    long = " ".join(["the old crab"] * 5)
-    examples = [Example(long, "the owl" if pairs else None, None), Example("owl", None, None)]
-    encoded = encode(tiny.tokenizer(), examples, [], limit, "train")
-    assert len(encoded.ids[0]) <= limit and encoded.ids[0][0] == CLS
-    assert [len(x) for x in encoded.ids] == [len(x) for x in encoded.types]
-    assert [x.count(SEP) for x in encoded.ids] == [1 + pairs, 1]
-    assert encoded.ids[0][-1] == SEP
-
-
-def test_unseen_label():
-    examples = [Example("a", None, "yes"), Example("b", None, "maybe")]
-    message = "dev.csv, example 2: label 'maybe' was not seen in training; known are no, yes"
-    with pytest.raises(ValueError, match=message):
-        encode(tiny.tokenizer(), examples, ["no", "yes"], 10, "dev.csv")
-
-
-def test_collate():
-    encoded = Encoded(
-        [[1, 7, 2], [1, 2], [1, 8, 9, 2]], [[0, 0, 1], [0, 0], [0] * 4], torch.arange(3)
-    )
-    batch = collate(encoded, [1, 0], pad_id=6)
-    assert batch.input_ids.tolist() == [[1, 2, 6], [1, 7, 2]]
-    assert batch.attention_mask.tolist() == [[True, True, False], [True, True, True]]
-    assert batch.token_type_ids.tolist() == [[0, 0, 0], [0, 0, 1]]
-    assert batch.labels.tolist() == [1, 0]
-
-
-# Scores
-
-labels = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30)
-
-
-@given(labels)
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.UndefinedMetricWarning")
-def test_classification_scores(pairs):
-    gold, predicted = (list(side) for side in zip(*pairs, strict=True))
-    scores = metrics.classification(gold, predicted, ["a", "b", "c", "d"])
-    assert scores["accuracy"] == pytest.approx(accuracy_score(gold, predicted))
-    expected = f1_score(gold, predicted, average="macro", zero_division=0)
-    assert scores["macro_f1"] == pytest.approx(expected)
-    constant = max(accuracy_score(gold, [i] * len(gold)) for i in range(4))
-    assert scores["majority"] == pytest.approx(constant)
-    table = [[pairs.count((i, j)) for j in range(4)] for i in range(4)]
-    assert scores["confusion"] == table
-
-
-# Runs
-
-
-def write_data(path, count, seed):
-    """The topics of tiny texts, one JSON object a line."""
-    lines = [json.dumps({"text": t, "label": topic}) for t, topic in tiny.labelled(count, seed)]
-    path.write_text("\n".join(lines))
-    return str(path)
-
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """An untrained checkpoint with its tokenizer, and labelled texts."""
-    root = tmp_path_factory.mktemp("files")
-    torch.manual_seed(0)
-    size = tiny.tokenizer().get_vocab_size()
-    changes = {"vocab_size": size, "max_position_embeddings": 128, "initializer_range": 0.1}
-    Model(tiny.config(**changes)).save_pretrained(root / "model")
-    Model(tiny.config("electra", **changes)).save_pretrained(root / "electra")
-    for name in ("model", "electra"):
-        tokenizers.save(tiny.tokenizer(), root / name)
-    write_data(root / "train.jsonl", 120, 1)
-    write_data(root / "dev.jsonl", 40, 2)
-    return root
+    return write_files(tmp_path_factory.mktemp("files"))
 
 
-def settings_of(files, output, **changes):
-    values = {
-        "output": str(output),
-        "model": str(files / "model"),
-        "device": "cpu",
-        "train_file": str(files / "train.jsonl"),
-        "dev_file": str(files / "dev.jsonl"),
-        "epochs": 4,
-        "batch_size": 16,
-        "learning_rate": 0.002,
-        "max_length": 64,
-    }
-    return build(FinetuneSettings, values | changes)
-
-
-def logits_of(model, encoded):
-    model.eval()
-    return torch.cat([model(torch.tensor([ids])).logits for ids in encoded.ids])
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    """Plots take longer than tiny runs."""
+    monkeypatch.setattr("fastdeberta.finetuning.run.write_report", lambda output: None)
 
 
 @pytest.mark.parametrize("name", ["model", "electra"])
@@ -237,92 +41,281 @@ def test_a_run_learns_and_its_model_predicts_the_same(name, files, tmp_path):
     assert json.loads((tmp_path / "metrics.json").read_text()) == result
     assert sum(map(sum, result["confusion"])) == 40
     assert result["step"] == 8 * 120 / 16
-    rows = [json.loads(x) for x in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    rows = lines_of(tmp_path / "predictions.jsonl")
     assert [(row["text"], row["label"]) for row in rows] == list(tiny.labelled(40, 2))
     hits = [row["label"] == row["prediction"] for row in rows]
     assert sum(hits) / 40 == pytest.approx(result["accuracy"])
-    model = from_pretrained(tmp_path / "model", "sequence")
+    model = from_pretrained(tmp_path / "model", "sequence").eval()
     assert result["parameters"] == model.num_parameters()
     assert model.config.id2label == {0: "forest", 1: "sea"}
     tokenizer = tokenizers.load(tmp_path / "model")
-    examples = read_examples(files / "dev.jsonl")
-    encoded = encode(tokenizer, examples, ["forest", "sea"], 64, "dev")
-    predicted = logits_of(model, encoded).argmax(-1).tolist()
-    assert [model.config.id2label[i] for i in predicted] == [row["prediction"] for row in rows]
+    whole = [row for row in rows if len(tokenizer.encode(row["text"]).ids) <= 100]
+    assert 10 < len(whole) < 40
+    for row in whole:
+        ids = torch.tensor([tokenizer.encode(row["text"]).ids])
+        shares = model(ids).logits[0].softmax(-1).tolist()
+        assert shares == pytest.approx(list(row["probabilities"].values()), abs=1e-4)
+        assert list(row["probabilities"]) == ["forest", "sea"]
+
+
+def test_a_report(files, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    finetune(settings_of(files, tmp_path, epochs=0.1))
+    page = (tmp_path / "report.html").read_text()
+    assert "Calibration" in page and "Confusion matrix" in page and "Learning curves" in page
+
+
+def test_test_files_are_predicted(files, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("train", "dev"):
+        (data / f"{name}.jsonl").write_text((files / f"{name}.jsonl").read_text())
+    (data / "test.jsonl").write_text('{"text": "The old crab"}\n{"text": "The old owl", "id": "o"}')
+    finetune(settings_of(files, tmp_path / "run", data_dir=str(data), epochs=0.2))
+    rows = lines_of(tmp_path / "run" / "predictions-test.jsonl")
+    assert [row["id"] for row in rows] == ["0", "o"]
+    assert all(row["prediction"] in ("forest", "sea") and "label" not in row for row in rows)
 
 
 def test_schedule(files, tmp_path):
     settings = settings_of(files, tmp_path, epochs=2.5, warmup_fraction=0.2)
     settings.set_steps(120)
     assert (settings.steps, settings.warmup_steps) == (round(2.5 * 120 / 16), round(0.2 * 19))
-    settings = settings_of(files, tmp_path, epochs=0.01)
+    assert settings.evaluate_every == 0
+    settings = settings_of(files, tmp_path, epochs=0.01, early_stopping=1)
     settings.set_steps(3)
-    assert (settings.steps, settings.warmup_steps) == (1, 0)
+    assert (settings.steps, settings.warmup_steps, settings.evaluate_every) == (1, 0, 1)
 
 
-def task_of(files, tmp_path, model=None, examples=None, **changes):
-    settings = settings_of(files, tmp_path, **changes)
-    config = tiny.config(type_vocab_size=2, vocab_size=tiny.tokenizer().get_vocab_size())
-    examples = examples or read_examples(files / "dev.jsonl")
-    encoded = encode(tiny.tokenizer(), examples, label_names(examples), 40, "dev")
-    model = model or tiny.randomize(Model(config, "sequence"))
-    return SequenceClassification(model, settings, encoded, encoded, tiny.tokenizer())
+# Recipes
 
 
-def test_layer_wise_rates(files, tmp_path):
+def test_rates_by_depth():
+    """Of three layers, by hand: a half for each step down, with the quirk one more below the
+    head."""
     model = Model(tiny.config(conv_kernel_size=3), "sequence")
-    task = task_of(files, tmp_path, model, learning_rate=1.0, layer_decay=0.5, weight_decay=0.1)
     names = {id(p): name for name, p in model.named_parameters()}
-    groups = task.parameter_groups()
-    rates = {names[id(p)]: group["peak_lr"] for group in groups for p in group["params"]}
-    assert rates.keys() == set(names.values())
-    assert sum(len(group["params"]) for group in groups) == len(names)
-    for name, rate in rates.items():
-        if name.startswith("head."):
-            expected = 1.0
-        elif name.startswith("backbone.encoder.layer."):
-            expected = 0.5 ** (3 - int(name.split(".")[3]))
-        else:  # What every layer stands on: embeddings, relative table, convolution.
-            expected = 0.5**4
-        assert rate == expected, name
-    for group in groups:
-        plain = all(p.dim() < 2 for p in group["params"])
-        assert group["weight_decay"] == (0.0 if plain else 0.1)
+    table = {"head": (1.0, 1.0), "2": (0.5, 0.25), "1": (0.25, 0.125), "0": (0.125, 0.0625)}
+    below = (
+        0.0625,
+        0.03125,
+    )  # What every layer stands on: embeddings, relative table, convolution.
+    for quirk in (False, True):
+        groups = layer_groups(model, 1.0, 0.1, 0.5, quirk)
+        rates = {names[id(p)]: group["peak_lr"] for group in groups for p in group["params"]}
+        assert rates.keys() == set(names.values())
+        assert sum(len(group["params"]) for group in groups) == len(names)
+        for name, rate in rates.items():
+            place = "head" if name.startswith("head.") else name.split(".")[3]
+            assert rate == table.get(place, below)[quirk], name
+        for group in groups:
+            plain = all(p.dim() < 2 for p in group["params"])
+            assert group["weight_decay"] == (0.0 if plain else 0.1)
 
 
-def test_pairs_have_types(files, tmp_path):
+@pytest.mark.parametrize(
+    ("config", "name", "rate", "decay", "dropout"),
+    [
+        (electra.small(), "electra-small", 3e-4, 0.8, 0.1),
+        (electra.base(), "electra-base", 1e-4, 0.8, 0.1),
+        (electra.large(), "electra-large", 5e-5, 0.9, 0.1),
+        (deberta.v1_base(), "deberta-v1-base", 3e-5, 1.0, 0.1),
+        (deberta.v1_xlarge(), "deberta-v1-xlarge", 5e-6, 1.0, 0.3),
+        (deberta.v2_xlarge(), "deberta-v2-xlarge", 4e-6, 1.0, 0.25),
+        (deberta.v2_xxlarge(), "deberta-v2-xxlarge", 3e-6, 1.0, 0.3),
+        (deberta.v3_xsmall(), "deberta-v3-xsmall", 4.5e-5, 1.0, 0.1),
+        (deberta.v3_small(), "deberta-v3-small", 4.5e-5, 1.0, 0.2),
+        (deberta.v3_base(), "deberta-v3-base", 1.5e-5, 1.0, 0.1),
+        (deberta.v3_large(), "deberta-v3-large", 7e-6, 1.0, 0.3),
+        (tiny.config("electra"), "electra-small", 3e-4, 0.8, 0.1),
+    ],
+)
+def test_recipes_of_sizes(config, name, rate, decay, dropout):
+    found, values = recipe(config)
+    assert found == name
+    chosen = (values["learning_rate"], values["layer_decay"], values["dropout"])
+    assert chosen == (rate, decay, dropout)
+
+
+def test_what_is_given_wins(files, tmp_path):
+    given = {"model": str(files / "electra"), "data_dir": str(files), "task": "rte"}
+    settings, line = resolve(given, ["batch_size=7"])
+    assert (settings.epochs, settings.learning_rate, settings.layer_decay) == (10, 3e-4, 0.8)
+    assert (settings.batch_size, settings.weight_decay, settings.max_length) == (7, 0.0, 128)
+    assert line.startswith("recipe of electra-small for rte: ")
+    assert "learning_rate=0.0003" in line and "batch_size" not in line
+    # DeBERTa has no decay of layers, and a table of positions has an end.
+    settings, _ = resolve(given | {"model": str(files / "model")})
+    assert (settings.layer_decay, settings.batch_size) == (1.0, 64)
+    settings, _ = resolve(given | {"task": "boolq"})
+    assert settings.max_length == 128
+    path = tmp_path / "mine.yaml"
+    path.write_text("task: classification\nrecipe: {layer_decay: 0.8, epochs: 2}\n")
+    settings, line = resolve(given | {"model": str(files / "model"), "task_file": str(path)})
+    assert (settings.layer_decay, settings.epochs) == (0.8, 2.0) and "for mine" in line
+
+
+def test_task_layers_dropout(files, tmp_path):
+    for name, field in (("model", "cls_dropout"), ("electra", "classifier_dropout")):
+        output = tmp_path / name
+        finetune(settings_of(files, output, model=str(files / name), epochs=0.1, dropout=0.35))
+        config = from_pretrained(output / "model", "sequence").config
+        assert getattr(config, field) == 0.35
+
+
+# Columns and types
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_pairs_have_types(packed, files, tmp_path):
     """Where the model has types; predictions come in the order of the examples."""
     examples = [
-        Example("the old crab", "the owl sleeps near the oak", "a"),
-        Example("the owl", "the crab", "b"),
-        Example("the small crab swims", "the owl", "a"),
+        TextExample("", "the old crab", "the owl sleeps near the oak", "LABEL_0"),
+        TextExample("", "the owl", "the crab", "LABEL_1"),
+        TextExample("", "the small crab swims", "the owl", "LABEL_0"),
     ]
-    task = task_of(files, tmp_path, examples=examples, batch_size=3)
-    batch = task.batch(torch.tensor([2, 0, 1]), Draws(0, 0, 0, 3, 3))
-    assert batch.token_type_ids.any(1).all()
-    loss = task.model(batch)["loss"] / task.counts(batch)["loss"]
+    run = finetuning_of(files, tmp_path, examples, packed=packed)
+    batch = run.batch(torch.tensor([2, 0, 1]), Draws(0, 0, 0, 3, 3))
+    loss = run.model(batch)["loss"] / run.counts(batch)["loss"]
+    encodings = [tiny.tokenizer().encode(e.text, e.pair) for e in examples]
     logits = [
-        task.classifier(torch.tensor([ids]), token_type_ids=torch.tensor([types])).logits[0]
-        for ids, types in zip(task.dev.ids, task.dev.types, strict=True)
+        run.classifier(torch.tensor([e.ids]), token_type_ids=torch.tensor([e.type_ids])).logits[0]
+        for e in encodings
     ]
-    order = [task.dev.ids.index(x[m].tolist()) for x, m in zip(*batch[:2], strict=True)]
-    losses = [torch.nn.functional.cross_entropy(logits[i], task.dev.labels[i]) for i in order]
-    torch.testing.assert_close(loss, sum(losses) / 3)
-    assert task.predictions(batch_size=2) == [int(x.argmax()) for x in logits]
-    assert task.tokens(batch) == sum(map(len, task.dev.ids))
-    alone = [task.batch(torch.tensor([i]), Draws(0, 0, i, 1, 3)) for i in range(3)]
-    assert 0 < task.compute(batch) == pytest.approx(sum(map(task.compute, alone)))
-    without = task.classifier(batch.input_ids, batch.attention_mask, labels=batch.labels).loss
+    labels = torch.tensor([0, 1, 0])
+    expected = torch.nn.functional.cross_entropy(torch.stack(logits), labels)
+    torch.testing.assert_close(loss, expected)
+    run.evaluate()
+    best = [f"LABEL_{int(x.argmax())}" for x in logits]
+    assert run.predicted["dev"].values == best
+    assert run.tokens(batch) == sum(len(e.ids) for e in encodings)
+    alone = [run.batch(torch.tensor([i]), Draws(0, 0, i, 1, 3)) for i in range(3)]
+    assert 0 < run.compute(batch) == pytest.approx(sum(map(run.compute, alone)))
+    plain = [run.classifier(torch.tensor([e.ids])).logits[0] for e in encodings]
+    without = torch.nn.functional.cross_entropy(torch.stack(plain), labels)
     assert (without - loss).abs() > 1e-3
 
 
-def test_pair_column(files, tmp_path):
-    rows = [{"s": a, "t": b, "label": str(a == b)} for a in "xy" for b in "xy"]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = dict.fromkeys(("train_file", "dev_file"), str(tmp_path / "pairs.jsonl"))
-    columns = {"text_column": "s", "pair_column": "t"}
-    result = finetune(settings_of(files, tmp_path / "run", epochs=1, **data, **columns))
+def test_columns(files, tmp_path):
+    rows = [{"s": a, "t": b, "same": str(a == b)} for a in "xy" for b in "xy"]
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    columns = {"text_column": "s", "pair_column": "t", "label_column": "same"}
+    data = {"data_dir": str(tmp_path), "epochs": 1}
+    result = finetune(settings_of(files, tmp_path / "run", **data, **columns))
     assert result["step"] == 1 and result["majority"] == 0.5
+    rows = lines_of(tmp_path / "run" / "predictions.jsonl")
+    assert rows[1]["text"] == "x" and rows[1]["pair"] == "y" and rows[1]["label"] == "False"
+
+
+def test_regression(files, tmp_path):
+    values = {"sea": 4.0, "forest": 1.0}
+    for name, count in (("train", 80), ("dev", 20), ("test", 3)):
+        write_data(tmp_path / f"{name}.jsonl", count, count, **values)
+    more = {"data_dir": str(tmp_path), "task": "regression", "epochs": 8}
+    result = finetune(settings_of(files, tmp_path / "run", **more))
+    assert result["pearson"] > 0.9
+    model = from_pretrained(tmp_path / "run" / "model", "sequence")
+    assert model.config.num_labels == 1 and model.config.problem_type == "regression"
+    rows = lines_of(tmp_path / "run" / "predictions.jsonl")
+    assert all(isinstance(row["prediction"], float) for row in rows)
+    assert "probabilities" not in rows[0]
+
+
+# Tasks as distributed, and the command line
+
+
+def command(capsys, *arguments):
+    """What `fastdeberta finetune` prints; it must succeed."""
+    with pytest.raises(SystemExit) as done:
+        cli.main(["finetune", *map(str, arguments), "device=cpu"])
+    assert done.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_a_benchmark_with_a_test_set(files, tmp_path, capsys):
+    """RTE as GLUE has it, over two seeds: a submission of the kept and of the averaged model."""
+    (tmp_path / "RTE").mkdir()
+    names = {"sea": "entailment", "forest": "not_entailment"}
+    for split, count in (("train", 24), ("dev", 8), ("test", 5)):
+        lines = ["index\tsentence1\tsentence2" + "\tlabel" * (split != "test")]
+        for i, (text, topic) in enumerate(tiny.labelled(count, count)):
+            label = [] if split == "test" else [names[topic]]
+            lines.append("\t".join([str(i), text, "The owl.", *label]))
+        (tmp_path / "RTE" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    output = tmp_path / "run"
+    out = command(
+        capsys, "--task", "rte", "--data-dir", tmp_path, "--model", files / "electra",
+        "epochs=1", "seeds=2", f"output={output}", "learning_rate=0.002",
+    )  # fmt: skip
+    assert "recipe of electra-small for rte: batch_size=32, " in out
+    assert "accuracy_std: " in out and "kept_seed: " in out
+    for directory in (output, output / "ensemble", output / "seed-0", output / "seed-1"):
+        lines = (directory / "submission" / "RTE.tsv").read_text().splitlines()
+        assert len(lines) == 6 and lines[0] == "index\tprediction"
+        assert {line.split("\t")[1] for line in lines[1:]} <= set(names.values())
+    result = json.loads((output / "metrics.json").read_text())
+    assert result["seeds"] == 2 and set(result["ensemble"]) == {"accuracy", "majority"}
+
+
+@pytest.mark.parametrize("head", ["linear", "beam"])
+def test_questions(head, files, tmp_path, capsys):
+    """SQuAD 2.0 from its JSON to predictions, n best answers and a threshold."""
+    for split, name in (("train", "train-v2.0"), ("dev", "dev-v2.0")):
+        paragraphs = []
+        for i, (text, topic) in enumerate(tiny.labelled(16 if split == "train" else 6, 3)):
+            word = text.split()[1]
+            answers = [{"text": word, "answer_start": text.index(word)}] if topic == "sea" else []
+            qa = {
+                "id": f"q{i}",
+                "question": "What?",
+                "answers": answers,
+                "is_impossible": not answers,
+            }
+            paragraphs.append({"context": text, "qas": [qa]})
+        content = {"version": "v2.0", "data": [{"title": "t", "paragraphs": paragraphs}]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    output = tmp_path / "run"
+    command(
+        capsys, "--task", "squad2", "--data-dir", tmp_path, "--model", files / "model",
+        "epochs=1", f"output={output}", f"span_head={head}", "max_length=40", "stride=10",
+        "max_query_length=5", "n_best=3", "batch_size=8",
+    )  # fmt: skip
+    result = json.loads((output / "metrics.json").read_text())
+    assert {"f1", "exact_match", "best_f1", "best_f1_threshold", "no_answer_f1"} <= result.keys()
+    assert result["f1"] == pytest.approx(result["best_f1"])
+    rows = lines_of(output / "predictions.jsonl")
+    assert len(rows) == 6 and all(len(row["n_best"]) <= 3 for row in rows)
+    for row in rows:
+        best = row["n_best"][0]["text"]
+        answered = row["no_answer"] <= result["best_f1_threshold"]
+        assert row["prediction"] == (best if answered else "")
+    assert from_pretrained(output / "model", "span").config.span_head == head
+
+
+def test_a_task_file_and_sift(files, tmp_path, capsys):
+    rows = [{"w": ["the", "crab", "swims"], "t": ["D", "N", "V"]}] * 6
+    (tmp_path / "words.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "mine.yaml").write_text(
+        "task: tagging\nfiles: {train: words.jsonl, dev: words.jsonl}\n"
+        "columns: {words: w, tags: t}\nrecipe: {epochs: 4, batch_size: 3, learning_rate: 0.003}\n"
+    )
+    output = tmp_path / "run"
+    out = command(
+        capsys, "--task-file", tmp_path / "mine.yaml", "--data-dir", tmp_path, "--sift",
+        "--model", files / "model", f"output={output}", "log_every=1",
+    )  # fmt: skip
+    assert "for mine: " in out and "batch_size=3" in out
+    lines = read_metrics(output / "metrics.jsonl")
+    assert all(line["sift_loss"] > 0 and line["sift_skipped"] == 0 for line in lines[:-1])
+    result = json.loads((output / "metrics.json").read_text())
+    assert result["missed_words"] == 0 and 0 <= result["tag_accuracy"] <= 1
+    assert from_pretrained(output / "model", "token").config.id2label == {0: "D", 1: "N", 2: "V"}
+    (row, *_) = lines_of(output / "predictions.jsonl")
+    assert row["label"] == ["D", "N", "V"] and len(row["prediction"]) == 3
+
+
+# Checkpoints that a run starts from
 
 
 def test_from_a_pretraining_export(files, tmp_path):
@@ -339,6 +332,38 @@ def test_from_a_pretraining_export(files, tmp_path):
     model = from_pretrained(tmp_path / "run" / "model", "sequence")
     for name, expected in from_pretrained(checkpoint).state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["model", "electra"])
+def test_from_a_model_of_another_task(name, files, tmp_path):
+    """MNLI's model for RTE, STS-B and what has other classes: all but the last layer is kept."""
+    tokenizer, head = tiny.tokenizer(), tmp_path / "mnli"
+    config = Config.load(files / name)
+    config.id2label = dict(enumerate(TASKS["mnli"].labels))
+    source = tiny.randomize(Model(config, "sequence"))
+    source.save_pretrained(head)
+    tokenizers.save(tokenizer, head)
+    last = "classifier" if name == "model" else "out_proj"
+    cases = {
+        "two": ("sea", "forest"),
+        "three": ("sea", "x", "forest"),
+        "same": TASKS["mnli"].labels,
+    }
+    for case, names in cases.items():
+        data = tmp_path / case
+        data.mkdir()
+        rows = [{"text": "the owl", "label": label} for label in names]
+        for split in ("train", "dev"):
+            (data / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        more = {"model": str(head), "data_dir": str(data), "learning_rate": 1e-9, "epochs": 0.1}
+        finetune(settings_of(files, data / "run", **more))
+        ours = from_pretrained(data / "run" / "model", "sequence")
+        assert ours.config.id2label == dict(enumerate(sorted(names)))
+        for key, expected in source.state_dict().items():
+            fresh = f".{last}." in key and case != "same"
+            value = ours.state_dict()[key]
+            kept = value.shape == expected.shape and torch.allclose(value, expected, 0, 1e-6)
+            assert kept != fresh, (case, key)
 
 
 def test_top_layers_start_anew(files, tmp_path):
@@ -362,42 +387,49 @@ def test_top_layers_start_anew(files, tmp_path):
         assert kept != matrix, name
 
 
-def test_the_same_seed_gives_the_same_run(files, tmp_path):
-    lines = []
-    for run, seed in enumerate((0, 0, 1)):
-        finetune(settings_of(files, tmp_path / f"{run}", epochs=1, seed=seed, log_every=1))
-        lines.append(read_metrics(tmp_path / f"{run}" / "metrics.jsonl"))
-    assert lines[0] == lines[1] != lines[2]
-    assert all(math.isfinite(line.get("loss", 0)) for line in lines[0])
-
-
-def test_dropout_of_the_task_layer(files, tmp_path):
-    for name, field in (("model", "cls_dropout"), ("electra", "classifier_dropout")):
-        output = tmp_path / name
-        finetune(settings_of(files, output, model=str(files / name), epochs=0.1, dropout=0.35))
-        config = from_pretrained(output / "model", "sequence").config
-        assert getattr(config, field) == 0.35
+# Errors
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model": ""}, "model must be given"),
-        ({"train_file": ""}, "train_file must be given"),
-        ({"dev_file": ""}, "dev_file must be given"),
+        ({"data_dir": ""}, "data_dir must be given"),
+        ({"task": "rtee"}, "unknown task 'rtee'; did you mean 'rte'.* Known are cola, .*, span"),
+        ({"task": "rte", "text_column": "x"}, "text_column is for classification and regression"),
         ({"epochs": 0}, "epochs must be positive, got 0"),
+        ({"sift_alpha": 0}, "sift_alpha must be positive, got 0"),
         ({"reinit_layers": -1}, "reinit_layers must not be negative, got -1"),
         ({"reinit_layers": 4}, "reinit_layers must be at most the model's 3, got 4"),
+        ({"early_stopping": -1}, "early_stopping must not be negative, got -1"),
+        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"keep": "last"}, "keep must be one of best, median; got 'last'"),
+        ({"span_head": "x"}, "span_head must be one of linear, beam; got 'x'"),
         ({"layer_decay": 0}, r"layer_decay must be in \(0, 1\], got 0"),
         ({"layer_decay": 1.1}, r"layer_decay must be in \(0, 1\], got 1.1"),
         ({"warmup_fraction": 1}, r"warmup_fraction must be in \[0, 1\), got 1"),
+        ({"dropout": 1}, r"dropout must be in \[0, 1\), got 1"),
         ({"max_length": 3}, "max_length must be at least 4, got 3"),
+        ({"evaluation_tokens": 0}, "evaluation_tokens must be at least 1, got 0"),
         ({"text_column": "txt"}, "train.jsonl, line 1: no 'txt'; it has text, label"),
     ],
 )
 def test_errors(changes, message, files, tmp_path):
     with pytest.raises(ValueError, match=message):
         finetune(settings_of(files, tmp_path, **changes))
+    assert not list(tmp_path.glob("**/*.safetensors"))
+
+
+def test_errors_of_resolving(files):
+    for given, message in (
+        ({"data_dir": "x"}, "model must be given"),
+        ({"model": "x"}, "data_dir must be given"),
+        ({"model": "x", "data_dir": "x", "task": "no"}, "unknown task 'no'"),
+        ({"model": "x", "data_dir": "x", "epoch": 1}, "unknown config key 'epoch'; did you mean"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            resolve(given)
+    assert find_task(FinetuneSettings(task="regression", pair_column="b")).labels == ()
 
 
 def test_longer_than_the_models_positions(files, tmp_path):
@@ -407,19 +439,17 @@ def test_longer_than_the_models_positions(files, tmp_path):
         finetune(settings_of(files, tmp_path, model=electra, max_length=129))
 
 
+def test_an_unknown_dev_label(files, tmp_path):
+    """Found before the training."""
+    for name, label in (("train", "forest"), ("dev", "moon")):
+        rows = [{"text": "a", "label": label}, {"text": "a", "label": "sea"}]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match="/dev, example 1: label 'moon' is not among forest, sea"):
+        finetune(settings_of(files, tmp_path / "run", data_dir=str(tmp_path)))
+    assert not (tmp_path / "run").exists()
+
+
 def test_one_label_is_nothing_to_learn(files, tmp_path):
     (tmp_path / "train.jsonl").write_text('{"text": "a", "label": "x"}\n' * 3)
-    with pytest.raises(ValueError, match="train.jsonl has one label, 'x': nothing to learn"):
-        finetune(settings_of(files, tmp_path / "run", train_file=str(tmp_path / "train.jsonl")))
-
-
-def test_reinitialize_restarts_the_top_layers_only():
-    model = Model(tiny.config(num_hidden_layers=3), "sequence")
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    reinitialize(model, 2)
-    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert changed
-    assert {name.split(".")[3] for name in changed if ".layer." in name} == {"1", "2"}
-    assert all(".layer." in name for name in changed)
-    with pytest.raises(ValueError, match="reinit_layers must be at most the model's 3, got 4"):
-        reinitialize(model, 4)
+    with pytest.raises(ValueError, match="data of classification have one label, 'x': nothing to"):
+        finetune(settings_of(files, tmp_path / "run", data_dir=str(tmp_path)))

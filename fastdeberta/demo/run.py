@@ -14,12 +14,13 @@ from rich.table import Table
 from .. import tokenizer as tokenizers
 from ..datasets import wiki_leads
 from ..files import write_atomically
-from ..finetuning.classification import (
-    FinetuneSettings,
-    SequenceClassification,
-    reinitialize,
-)
-from ..finetuning.data import Encoded, Example, encode
+from ..finetuning.examples import TextExample
+from ..finetuning.features import Features
+from ..finetuning.finetuning import Finetuning, Split
+from ..finetuning.labels import encode
+from ..finetuning.recipes import reinitialize
+from ..finetuning.settings import FinetuneSettings
+from ..finetuning.tasks import TASKS
 from ..info import collect, render
 from ..models import Config, Model, from_pretrained
 from ..pretraining import text
@@ -36,6 +37,7 @@ HELD_OUT = 0.1
 PRETRAINING = 0.5  # of the time left after the comparison of attention
 FINETUNING = 0.35  # of the whole time, at least, also where the machine turned out slower
 FEW = 500  # labelled topics of the second comparison
+TASK = TASKS["classification"]
 
 
 def run(out: Path, minutes: float, seed: int = 0) -> dict[str, Any]:
@@ -174,34 +176,37 @@ class _Topics:
         self.tokenizer, self.seed, self.threads = tokenizer, seed, threads
         # The split is that of pre-training: a test article was not read there either.
         rest, test = text.split(wiki_leads(), HELD_OUT, seed)
-        train, test = (
-            [Example(a.text, None, a.topic) for a in part if a.topic != "Uncategorized"]
+        self.articles, test = (
+            [TextExample("", a.text, label=a.topic) for a in part if a.topic != "Uncategorized"]
             for part in (rest, test)
         )
-        self.names = sorted({example.label for example in train if example.label})
-        self.train = encode(tokenizer, train, self.names, 96, "train")
-        self.test = encode(tokenizer, test, self.names, 96, "test")
+        self.names = sorted({str(article.label) for article in self.articles})
+        self.train = self._encode(self.articles, training=True)
+        self.test = Split(test, self._encode(test, training=False))
 
     def compare(
         self, out: Path, checkpoint: Path, seconds: float, labelled: int | None
     ) -> dict[str, Any]:
         """Fine-tunes the pre-trained model and, as its control, the same model from random
         weights, each for half of `seconds` (with few labels: for each of three seeds)."""
-        train = self.train if labelled is None else _first(self.train, labelled)
+        train = self.train
+        if labelled is not None:
+            train = self._encode(self.articles[:labelled], training=True)
         seeds = [self.seed] if labelled is None else [self.seed + i for i in range(3)]
         seconds /= 2 * len(seeds)
         config = Config.load(checkpoint)
-        results: dict[str, Any] = {"labelled": len(train.ids)}
+        results: dict[str, Any] = {"labelled": len(train)}
         steps = None
         for name in ("pretrained", "control"):
             runs = []
             for seed in seeds:
-                settings = self._settings(out / f"topics-{len(train.ids)}" / f"{name}-{seed}", seed)
+                settings = self._settings(out / f"topics-{len(train)}" / f"{name}-{seed}", seed)
 
                 def task(name: str = name, settings: FinetuneSettings = settings) -> Any:
                     torch.manual_seed(settings.seed)
                     model = self._model(name, checkpoint, config)
-                    return SequenceClassification(model, settings, train, self.test, self.tokenizer)
+                    dev = {"test": self.test}
+                    return Finetuning(TASK, model, settings, self.tokenizer, train, dev)
 
                 if steps is None:  # The same number for both.
                     steps = _steps_in(task(), settings, seconds, self.threads)
@@ -218,6 +223,11 @@ class _Topics:
             results["majority"] = runs[0]["majority"]
         results["steps"] = steps
         return results
+
+    def _encode(self, articles: list[TextExample], training: bool) -> Features:
+        settings = FinetuneSettings(max_length=96)
+        where = "train" if training else "test"
+        return encode(TASK.head, self.tokenizer, articles, self.names, settings, training, where)
 
     def _settings(self, output: Path, seed: int) -> FinetuneSettings:
         return FinetuneSettings(
@@ -246,10 +256,6 @@ class _Topics:
         values = {**config.to_dict(), **changes}
         values.pop("label2id")
         return Model(Config.from_dict(values), "sequence")
-
-
-def _first(encoded: Encoded, count: int) -> Encoded:
-    return Encoded(encoded.ids[:count], encoded.types[:count], encoded.labels[:count])
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -1,0 +1,1 @@
+"""Readers: files as each benchmark distributes them -> examples, one module a family."""
