@@ -19,6 +19,7 @@ LEAVES = {
     "composed",
     "datasets",
     "dropout",
+    "figures",
     "files",
     "libraries",
     "packing",
@@ -45,7 +46,7 @@ MAY_IMPORT |= {
     "info": {"backends", "libraries", "op", "relative_position"},
     "export": {"attention", "files", "models"},
 }
-MAY_IMPORT |= {"demo": set(MAY_IMPORT)}
+MAY_IMPORT |= {"demo": set(MAY_IMPORT), "study": set(MAY_IMPORT)}
 MAY_IMPORT |= {"cli": set(MAY_IMPORT), "__main__": {"cli"}}
 
 # What lies below the modules: no nn.Module, and no third party but these.

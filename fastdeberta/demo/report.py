@@ -1,28 +1,12 @@
 """report.html: the demo's results where a person would rather look than read."""
 
-import base64
 import html
-import io
 import json
 from pathlib import Path
 from typing import Any
 
+from ..figures import draw_confusion, figure, page, png
 from ..files import write_atomically
-
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>fastdeberta demo</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto }}
-img {{ max-width: 100% }} pre {{ background: #f4f4f4; padding: 1rem; overflow: auto }}
-</style>
-<h1>fastdeberta demo</h1>
-<p>{summary}</p>
-{figures}
-<h2>Installation</h2>
-<pre>{installation}</pre>
-<p>Text: lead paragraphs of English Wikipedia, CC BY-SA 4.0.</p>
-</html>
-"""
 
 
 def write_report(path: Path, results: dict[str, Any], curves: list[dict[str, Any]]) -> None:
@@ -31,9 +15,6 @@ def write_report(path: Path, results: dict[str, Any], curves: list[dict[str, Any
     Args:
         results: what the demo writes to metrics.json. curves: the lines of metrics.jsonl.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
     figures = [
         ("Losses", _losses(curves)),
         ("Held-out scores", _held_out(curves, results["pretraining"]["baseline"])),
@@ -41,12 +22,14 @@ def write_report(path: Path, results: dict[str, Any], curves: list[dict[str, Any
     ]
     if isinstance(results["attention"], list):
         figures.append(("Attention time by length", _attention(results["attention"])))
-    page = _PAGE.format(
-        summary=html.escape(_summary(results)),
-        figures="\n".join(f"<h2>{title}</h2>\n{_png(figure)}" for title, figure in figures),
-        installation=html.escape(json.dumps(results["installation"], indent=2)),
+    shown = "\n".join(f"<h2>{title}</h2>\n{png(drawn)}" for title, drawn in figures)
+    installation = html.escape(json.dumps(results["installation"], indent=2))
+    body = (
+        f"<p>{html.escape(_summary(results))}</p>\n{shown}\n"
+        f"<h2>Installation</h2>\n<pre>{installation}</pre>\n"
+        "<p>Text: lead paragraphs of English Wikipedia, CC BY-SA 4.0.</p>"
     )
-    write_atomically(path, page)
+    write_atomically(path, page("fastdeberta demo", body))
 
 
 def _summary(results: dict[str, Any]) -> str:
@@ -62,7 +45,7 @@ def _summary(results: dict[str, Any]) -> str:
 
 
 def _losses(curves: list[dict[str, Any]]) -> Any:
-    figure, axes = _figure(2)
+    drawn, axes = figure(2)
     for axis, name, title in (
         (axes[0], "mlm_loss", "generator: masked-token loss (nats)"),
         (axes[1], "rtd_loss", "discriminator: replaced-token loss (nats)"),
@@ -70,11 +53,11 @@ def _losses(curves: list[dict[str, Any]]) -> Any:
         points = [(c["tokens"] / 1e6, c[name]) for c in curves if name in c]
         axis.plot(*zip(*points, strict=True), linewidth=1)
         axis.set(title=title, xlabel="million tokens")
-    return figure
+    return drawn
 
 
 def _held_out(curves: list[dict[str, Any]], baseline: dict[str, float]) -> Any:
-    figure, axes = _figure(2)
+    drawn, axes = figure(2)
     scores = [c for c in curves if "held_out/rtd_auc" in c]
     steps = [c["step"] for c in scores]
     axes[0].plot(steps, [c["held_out/mlm_accuracy"] for c in scores], marker="o", label="model")
@@ -90,28 +73,20 @@ def _held_out(curves: list[dict[str, Any]], baseline: dict[str, float]) -> Any:
     axes[1].axhline(0.5, linestyle="--", color="gray", label="AUC of chance")
     axes[1].set(title="discriminator", xlabel="step", ylim=(0, 1))
     axes[1].legend()
-    return figure
+    return drawn
 
 
 def _confusion(topics: dict[str, Any], names: list[str]) -> Any:
-    figure, axes = _figure(2, height=5.5)
+    drawn, axes = figure(2, height=5.5)
     for axis, name in zip(axes, ("pretrained", "control"), strict=True):
-        matrix = topics[name]["confusion"]
-        most = max(map(max, matrix))
-        axis.imshow(matrix, cmap="Blues")
-        for i, row in enumerate(matrix):
-            for j, count in enumerate(row):
-                if count:
-                    shade = "white" if count > most / 2 else "black"
-                    axis.text(j, i, count, ha="center", va="center", fontsize=7, color=shade)
-        axis.set(title=f"{name}: {topics[name]['accuracy']:.1%}", xlabel="predicted")
-        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
-        axis.set_yticks(range(len(names)), names if axis is axes[0] else [], fontsize=8)
-    return figure
+        draw_confusion(axis, topics[name]["confusion"], names)
+        axis.set(title=f"{name}: {topics[name]['accuracy']:.1%}")
+    axes[1].set_yticklabels([])
+    return drawn
 
 
 def _attention(rows: list[dict[str, float]]) -> Any:
-    figure, axes = _figure(2)
+    drawn, axes = figure(2)
     lengths = [r["length"] for r in rows]
     for axis, kind, title in (
         (axes[0], "forward", "forward"),
@@ -123,19 +98,4 @@ def _attention(rows: list[dict[str, float]]) -> Any:
         axis.set_xticks(lengths, [str(x) for x in lengths])
         axis.set_xticks([], minor=True)
         axis.legend()
-    return figure
-
-
-def _figure(columns: int, height: float = 3.5) -> Any:
-    from matplotlib import pyplot
-
-    return pyplot.subplots(1, columns, figsize=(5.5 * columns, height), layout="constrained")
-
-
-def _png(figure: Any) -> str:
-    from matplotlib import pyplot
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    pyplot.close(figure)
-    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    return drawn
