@@ -29,12 +29,17 @@ def measure(
     """
     if device != "cpu":
         return _on_gpu(partial(_prepared, rival, shape, part, dtype, device, backend))
+    sizes = map(str, (shape.batch, shape.length, shape.heads))
+    return in_process("benchmarks.memory", rival, *sizes, part, dtype, backend)
+
+
+def in_process(module: str, *arguments: str) -> float:
+    """The number that a module prints when a process of its own runs it."""
     # Memory that malloc kept would be taken again unseen.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-    sizes = map(str, (shape.batch, shape.length, shape.heads))
     result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory", rival, *sizes, part, dtype, backend],
+        [sys.executable, "-m", module, *arguments],
         cwd=Path(__file__).parents[1],
         env=environment,
         capture_output=True,
@@ -77,13 +82,17 @@ def main(
     shape = Shape(int(batch), int(length), heads=int(heads))
     prepare = partial(_prepared, rival, shape, part, dtype, "cpu", backend)
     prepare(length=64)()  # What a first call loads and keeps is not a call's memory.
-    step = prepare()
+    print(peak(prepare()))
+
+
+def peak(step: Callable[[], object]) -> float:
+    """MiB of this process, at most, during a call, beyond what it held before it."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # Sets the peak back to what is held now.
     before = _status("VmRSS")
     step()
-    print((_status("VmHWM") - before) / 1024)
+    return (_status("VmHWM") - before) / 1024
 
 
 def _status(field: str) -> int:

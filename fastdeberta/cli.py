@@ -44,34 +44,57 @@ def demo(
     run(out, minutes, seed)
 
 
+def _list_presets(wanted: bool) -> None:
+    if wanted:
+        from .pretraining import presets
+
+        print("\n".join(presets.names()))
+        raise typer.Exit
+
+
 @app.command()
 def pretrain(
-    config: Annotated[Path, typer.Argument(help="YAML file; see README")],
+    config: Annotated[Path, typer.Argument(help="YAML file, or a preset's name; see README")],
     overrides: Overrides = None,
+    miniature: Annotated[
+        bool,
+        typer.Option(
+            "--miniature", help="the preset's algorithm at a size for minutes on two cores"
+        ),
+    ] = False,
+    list_presets: Annotated[
+        bool,
+        typer.Option(
+            "--list-presets", help="print their names", is_eager=True, callback=_list_presets
+        ),
+    ] = False,
 ) -> None:
     """Pre-trains a generator and a discriminator on text; continues an interrupted run."""
+    from .pretraining.presets import pretraining_values
     from .pretraining.settings import PretrainSettings
     from .pretraining.task import pretrain as run
     from .training.reporting import default_progress
-    from .training.settings import apply_overrides, build, load_yaml
+    from .training.settings import apply_overrides, build
 
-    settings = build(PretrainSettings, apply_overrides(load_yaml(config), overrides or []))
+    values = apply_overrides(pretraining_values(config, miniature), overrides or [])
+    settings = build(PretrainSettings, values)
     result = run(settings, default_progress())
     _summary(result, settings.output)
 
 
 @app.command()
 def prepare(
-    config: Annotated[Path, typer.Argument(help="YAML file; see README")],
+    config: Annotated[Path, typer.Argument(help="YAML file, or a preset's name; see README")],
     overrides: Overrides = None,
 ) -> None:
     """Tokenises text into shards that pre-training reads; continues an interrupted run."""
     from .pretraining.prepare import PrepareSettings
     from .pretraining.prepare import prepare as run
+    from .pretraining.presets import preparation_values
     from .training.reporting import default_progress
-    from .training.settings import apply_overrides, build, load_yaml
+    from .training.settings import apply_overrides, build
 
-    settings = build(PrepareSettings, apply_overrides(load_yaml(config), overrides or []))
+    settings = build(PrepareSettings, apply_overrides(preparation_values(config), overrides or []))
     meta = run(settings, default_progress())
     for part, count in meta["documents"].items():
         print(f"{part}: {count} documents, {meta['tokens'][part]} tokens")
@@ -171,6 +194,28 @@ def predict(
             print(f"truncated: {counts.truncated}, to {predictor.max_length} tokens")
     if out != "-":
         print(f"written: {out}")
+
+
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="pretraining: objectives, ties, algorithms")],
+    quick: Annotated[bool, typer.Option("--quick", help="less of everything, 8 minutes")] = False,
+    minutes: Annotated[
+        float | None, typer.Option(help="time for the whole study (default: 50; 8 with --quick)")
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="runs of each arm (default: 3; 2 with --quick)")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="for results and report (default: runs/study-NAME)")
+    ] = None,
+) -> None:
+    """A paper's ablation study in miniature; continues an interrupted one."""
+    if name != "pretraining":
+        raise ValueError(f"study must be one of pretraining; got {name!r}")
+    from .study.pretraining import run
+
+    run(out or Path(f"runs/study-{name}"), minutes, seeds, quick)
 
 
 @app.command()

@@ -120,9 +120,13 @@ class Masked:
         self.network.save_pretrained(directory / "model")
 
 
-def run(output: str, death: str = "", **changes) -> dict:
+def trainer(output: str, death: str = "", **changes) -> Trainer:
     settings = build(TrainSettings, {**RUN, "output": output, **changes})
-    return Trainer(Masked(death), settings).run()
+    return Trainer(Masked(death), settings)
+
+
+def run(output: str, death: str = "", **changes) -> dict:
+    return trainer(output, death, **changes).run()
 
 
 if __name__ == "__main__":

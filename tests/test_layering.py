@@ -19,6 +19,7 @@ LEAVES = {
     "composed",
     "datasets",
     "dropout",
+    "figures",
     "files",
     "libraries",
     "packing",
@@ -37,7 +38,7 @@ MAY_IMPORT = dict.fromkeys(LEAVES, set[str]()) | {
     "models": {"attention", "cache", "files", "inference", "op", "packing", "relative_position"},
     "training": {"attention", "files", "models"},
     "pretraining": {"datasets", "files", "models", "packing", "tokenizer", "training"},
-    "finetuning": {"files", "models", "tokenizer", "training"},
+    "finetuning": {"figures", "files", "models", "packing", "tokenizer", "training"},
 }
 # What a command does on its own may use every part above; the command line calls them all.
 MAY_IMPORT |= {
@@ -45,7 +46,7 @@ MAY_IMPORT |= {
     "info": {"backends", "libraries", "op", "relative_position"},
     "export": {"attention", "files", "models"},
 }
-MAY_IMPORT |= {"demo": set(MAY_IMPORT)}
+MAY_IMPORT |= {"demo": set(MAY_IMPORT), "study": set(MAY_IMPORT)}
 MAY_IMPORT |= {"cli": set(MAY_IMPORT), "__main__": {"cli"}}
 
 # What lies below the modules: no nn.Module, and no third party but these.

@@ -4,13 +4,8 @@ import io
 import json
 import math
 import os
-import random
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +13,7 @@ import tiny
 import torch
 from torch import nn
 
-from fastdeberta.models import Model, from_pretrained
+from fastdeberta.models import Model
 from fastdeberta.training import Diverged, Interrupted, Trainer, TrainSettings, checkpoint
 from fastdeberta.training.distributed import resolve_device
 from fastdeberta.training.draws import Draws
@@ -858,83 +853,3 @@ def test_checkpoint_of_another_model(tmp_path):
     task.model.net = nn.Linear(4, 1)
     with pytest.raises(ValueError, match="checkpoint-4 is damaged or of another model: "):
         trainer_of(tmp_path, task, steps=4).run()
-
-
-# Processes
-
-
-def command(directory, *, name):
-    """A pre-training run of about a second, as a user starts it."""
-    config = directory / "config.yaml"
-    if not config.exists():
-        (directory / "text.txt").write_text("\n\n".join(tiny.documents()))
-        values = {
-            "data": str(directory / "text.txt"),
-            "device": "cpu",
-            "vocab_size": 120,
-            "sequence_length": 24,
-            "held_out": 0.1,
-            "steps": 60,
-            "warmup_steps": 5,
-            "batch_size": 8,
-            "log_every": 3,
-            "evaluate_every": 10,
-            "checkpoint_every": 4,
-            "discriminator": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
-        }
-        config.write_text(json.dumps(values))  # JSON is YAML too.
-    return subprocess.Popen(
-        [sys.executable, "-m", "fastdeberta", "pretrain", config, f"output={directory / name}"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-
-
-def stop(process, metrics, lines, number, delay):
-    """Sends a signal some time after metrics.jsonl has `lines` lines; returns what it wrote."""
-    while process.poll() is None:
-        if metrics.exists() and metrics.read_bytes().count(b"\n") >= lines:
-            time.sleep(delay)
-            process.send_signal(number)
-            break
-        time.sleep(0.002)
-    _, stderr = process.communicate(timeout=100)
-    return stderr
-
-
-@pytest.mark.slow
-def test_killed_processes_leave_the_same_run(tmp_path):
-    """SIGKILL and SIGTERM at any moment: in the end the files are an uninterrupted run's."""
-    draw = random.Random(0)
-    process = command(tmp_path, name="whole")
-    assert process.wait(100) == 0, process.stderr.read()
-    output = tmp_path / "stopped"
-    statuses = []
-    stops = [(signal.SIGKILL, 4), (signal.SIGTERM, 9), (signal.SIGKILL, 14), (signal.SIGKILL, 20)]
-    for number, lines in stops:
-        process = command(tmp_path, name="stopped")
-        stderr = stop(process, output / "metrics.jsonl", lines, number, draw.uniform(0, 0.08))
-        statuses.append(process.returncode)
-        if number == signal.SIGTERM:
-            assert process.returncode == 1
-            assert stderr.startswith("fastdeberta: SIGTERM: stopped after step ")
-            assert stderr.count("\n") == 1
-            saved = Path(stderr.split()[-1])
-            assert saved == checkpoint.checkpoints(output)[-1]
-            from_pretrained(saved / "discriminator", "rtd")
-            from_pretrained(saved / "generator", "mlm")
-    assert statuses.count(-signal.SIGKILL) >= 2, statuses
-    process = command(tmp_path, name="stopped")
-    assert process.wait(100) == 0, process.stderr.read()
-    for name in ("metrics.jsonl", "discriminator/model.safetensors", "generator/model.safetensors"):
-        assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    results = [
-        json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("whole", "stopped")
-    ]
-    for result in results:
-        for name in TIMING:
-            del result[name]
-    assert results[0] == results[1]

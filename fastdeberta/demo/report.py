@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..figures import draw_confusion, figure, page, png
 from ..files import write_atomically
-from ..finetuning.report import draw_confusion, figure, page, png
 
 
 def write_report(path: Path, results: dict[str, Any], curves: list[dict[str, Any]]) -> None:

@@ -1,1 +1,1 @@
-"""Fine-tuning: labelled data, metrics, sequence classification."""
+"""Fine-tuning: tasks, features, objectives, recipes, metrics, prediction."""

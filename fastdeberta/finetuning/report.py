@@ -1,34 +1,19 @@
-"""report.html of a fine-tuning run: learning curves, confusion matrix, calibration; and the parts
-that such pages are made of."""
+"""report.html of a fine-tuning run: learning curves, confusion matrix, calibration."""
 
-import base64
 import html
-import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..figures import draw_confusion, figure, page, png
 from ..files import read_lines, write_atomically
 from ..training.reporting import METRICS, read_metrics
 
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto }}
-img {{ max-width: 100% }} pre {{ background: #f4f4f4; padding: 1rem; overflow: auto }}
-</style>
-<h1>{title}</h1>
-{body}
-</html>
-"""
-
 PREDICTIONS = "predictions.jsonl"
 _BINS = 15
-# Beyond so many classes a matrix's cells are coloured only.
-_NUMBERED = 40
 
 
 class Predicted(NamedTuple):
@@ -223,43 +208,3 @@ def _table(results: Mapping[str, Any]) -> str:
 
 
 # What every report is made of
-
-
-def page(title: str, body: str) -> str:
-    """An HTML page; body is HTML."""
-    return _PAGE.format(title=html.escape(title), body=body)
-
-
-def figure(columns: int, height: float = 3.5) -> Any:
-    """A figure of matplotlib, which needs no display, and its axes, side by side."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(1, columns, figsize=(5.5 * columns, height), layout="constrained")
-
-
-def png(drawn: Any) -> str:
-    """The figure as an <img> that holds its bytes; the figure is closed."""
-    from matplotlib import pyplot
-
-    buffer = io.BytesIO()
-    drawn.savefig(buffer, format="png", dpi=110)
-    pyplot.close(drawn)
-    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-
-
-def draw_confusion(axis: Any, matrix: Sequence[Sequence[int]], names: Sequence[str]) -> None:
-    """matrix[i][j]: how many of label i were predicted as j."""
-    most = max(map(max, matrix))
-    axis.imshow(matrix, cmap="Blues", vmin=0)
-    for i, row in enumerate(matrix) if len(names) <= _NUMBERED else ():
-        for j, count in enumerate(row):
-            if count:
-                shade = "white" if count > most / 2 else "black"
-                axis.text(j, i, count, ha="center", va="center", fontsize=7, color=shade)
-    axis.set(xlabel="predicted")
-    # A name's dollar signs are no formula.
-    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8, parse_math=False)
-    axis.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)

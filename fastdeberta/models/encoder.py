@@ -157,12 +157,16 @@ class Layer(nn.Module):
         self.output = Output(config.intermediate_size, config)
 
     def forward(
-        self, x: Tensor, query: Tensor | None = None, **attention
+        self, x: Tensor, query: Tensor | None = None, rows: Tensor | None = None, **attention
     ) -> tuple[Tensor, Tensor | None]:
         """[..., L, hidden] -> the same, and the attention's probabilities if asked for. query:
-        another source of queries, which is also the residual (enhanced mask decoder)."""
+        another source of queries, which is also the residual (enhanced mask decoder). rows: int64
+        [N], tokens of the flattened batch whose output is wanted alone, [N, hidden]."""
         context, probs = self.attention.self(x, query_states=query, **attention)
-        x = self.attention.output(context, x if query is None else query)
+        x = x if query is None else query
+        if rows is not None:
+            context, x = _choose(context, rows), _choose(x, rows)
+        x = self.attention.output(context, x)
         return self.output(self.intermediate(x), x), probs
 
 
@@ -239,12 +243,15 @@ class Encoder(nn.Module):
         causal: bool = False,
         num_layers: int | None = None,
         attentions: list[Tensor] | None = None,
+        rows: Tensor | None = None,
     ) -> Sequence[Tensor]:
         """The embeddings and every layer's output, each like x.
 
         Args:
             num_layers: run at least so many layers; None: all.
             attentions: gets every layer's probabilities [B, H, L, L].
+            rows: int64 [N], tokens of the flattened batch: returned is the last layer's output of
+                these alone, [N, hidden], and the others are spared its feed-forward network.
         """
         if causal and self.conv is not None:
             raise ValueError("causal: a convolution shows every token the next one")
@@ -254,20 +261,29 @@ class Encoder(nn.Module):
                 self, self.relative_table, x, mask, cu_seqlens, max_seqlen
             )
             if inferred is not None:
-                return inferred
+                return inferred if rows is None else [_choose(inferred[-1], rows)]
         attention = self.attention_arguments(mask, cu_seqlens, max_seqlen, causal)
-        states = [x]
+        states, whole = [x], True
         for i, layer in enumerate(self.layer[:num_layers]):
+            # The convolution reads every token's output of the first layer.
+            whole = rows is None or i < len(self.layer) - 1 or (i == 0 and self.conv is not None)
             run: Callable[..., Any] = layer
             if self.activation_checkpointing and self.training and torch.is_grad_enabled():
                 run = partial(checkpoint, layer, use_reentrant=False)
-            x, probs = run(x, output_attentions=attentions is not None, **attention)
+            x, probs = run(
+                x,
+                rows=None if whole else rows,
+                output_attentions=attentions is not None,
+                **attention,
+            )
             if i == 0 and self.conv is not None:
                 x = self.conv(states[0], x, mask, cu_seqlens)
             states.append(x)
             if attentions is not None and probs is not None:
                 attentions.append(probs)
-        return states
+        if rows is None:
+            return states
+        return [_choose(x, rows) if whole else x]
 
     def attention_arguments(
         self,
@@ -319,11 +335,13 @@ class Backbone(nn.Module):
         max_seqlen: int | None = None,
         causal: bool | None = None,
         attentions: list[Tensor] | None = None,
+        rows: Tensor | None = None,
     ) -> Sequence[Tensor]:
         """Embeddings and every layer's output, [B, L, hidden] or packed [T, hidden].
 
         The last of them is the mask decoder's, if there is one. causal: None: as the config says.
-        attentions: gets every layer's probabilities, [B, H, L, L].
+        attentions: gets every layer's probabilities, [B, H, L, L]. rows: int64 [N], tokens of the
+        flattened batch that are not padding: see `Encoder.forward`.
 
         Raises:
             ValueError: no input or two, ids outside the vocabulary, too long a sequence.
@@ -355,6 +373,10 @@ class Backbone(nn.Module):
             )
             attention_mask = packing.key_mask
             cu_seqlens, max_seqlen = packing.cu_seqlens, packing.max_seqlen
+            if rows is not None:
+                place = torch.empty(tokens.numel(), dtype=torch.long, device=rows.device)
+                place[packing.kept] = torch.arange(len(packing.kept), device=rows.device)
+                rows = place[rows]
         elif cu_seqlens is not None and position_ids is None:
             position_ids = positions(cu_seqlens, given.size(0))
         x = self.embeddings(input_ids, token_type_ids, position_ids, attention_mask, inputs_embeds)
@@ -362,22 +384,31 @@ class Backbone(nn.Module):
         if self.config.emd:
             depth = self.config.num_hidden_layers - 1
             states = self.encoder(x, *arguments, num_layers=depth, attentions=attentions)
-            decoded = self._decode(states[depth], position_ids, *arguments)
-            states = [*states[: depth + 1], decoded]
+            decoded = self._decode(states[depth], position_ids, rows, *arguments)
+            states = [*states[: depth + 1], decoded] if rows is None else [decoded]
         else:
-            states = self.encoder(x, *arguments, attentions=attentions)
-        return states if packing is None else PaddedStates(states, packing)
+            states = self.encoder(x, *arguments, attentions=attentions, rows=rows)
+        return states if packing is None or rows is not None else PaddedStates(states, packing)
 
-    def _decode(self, x: Tensor, position_ids: Tensor | None, *arguments: Any) -> Tensor:
-        """The enhanced mask decoder: the second-to-last layer's output -> the same shape."""
+    def _decode(
+        self, x: Tensor, position_ids: Tensor | None, rows: Tensor | None, *arguments: Any
+    ) -> Tensor:
+        """The enhanced mask decoder: the second-to-last layer's output -> the same shape, or the
+        last pass's rows alone."""
         added = self.embeddings.positions(x, position_ids)
         if self.embeddings.embed_proj is not None:
             added = self.embeddings.embed_proj(added)
         query = x + added
         attention = self.encoder.attention_arguments(*arguments)
-        for _ in range(self.config.emd_passes):
-            query, _ = self.encoder.layer[-1](x, query, **attention)
+        for i in range(self.config.emd_passes):
+            last = rows if i == self.config.emd_passes - 1 else None
+            query, _ = self.encoder.layer[-1](x, query, last, **attention)
         return query
+
+
+def _choose(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows of the flattened batch: [..., L, hidden], int64 [N] -> [N, hidden]."""
+    return x.flatten(0, -2).index_select(0, rows)
 
 
 def _traced() -> bool:

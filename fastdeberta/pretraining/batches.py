@@ -25,6 +25,10 @@ class RowSource(Protocol):
 
     def __getitem__(self, rows: Tensor, /) -> Rows: ...
 
+    def row_lengths(self, rows: Tensor, /) -> Tensor | None:
+        """Tokens of each packed row, int64 [B]; None where rows are padded."""
+        ...
+
 
 class Batch(NamedTuple):
     """One micro-batch, all that is random about it drawn.
@@ -160,11 +164,6 @@ class Corruption:
         return corruption.draw_positions(
             maskable, sequence, numbers, self.fraction, lengths, tokens
         )
-
-
-def row_lengths(source: RowSource, rows: Tensor) -> Tensor:
-    """Tokens of each packed row, int64 [B]."""
-    return torch.tensor([len(source[row].input_ids) for row in rows.split(1)])
 
 
 def causal(rows: Rows, phase: str) -> Batch:

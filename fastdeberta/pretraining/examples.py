@@ -77,6 +77,10 @@ class Examples(ABC):
             raise IndexError(f"row numbers must be in [0, {len(self)}), got {index.tolist()}")
         return self._rows([self._locate(int(number)) for number in numbers])
 
+    def row_lengths(self, index: Tensor) -> Tensor | None:
+        """Tokens of each packed row, int64 [B]; None where rows are padded."""
+        return None
+
     def _locate(self, row: int) -> tuple[Tokens, Table, int]:
         shard = int(np.searchsorted(self._ends, row, "right"))
         first = int(self._ends[shard - 1]) if shard else 0
@@ -292,6 +296,13 @@ class PackedExamples(Examples):
             "length": length[order].astype(np.int32),
             "rows": np.array(rows),
         }
+
+    def row_lengths(self, index: Tensor) -> Tensor:
+        lengths = []
+        for _, table, row in map(self._locate, index.tolist()):
+            begin, end = table["rows"][row : row + 2].tolist()
+            lengths.append(int(table["length"][begin:end].sum()) + 2 * (end - begin))
+        return torch.tensor(lengths)
 
     def _count(self, tokens: Tokens, table: Table) -> int:
         return len(table["rows"]) - 1

@@ -44,8 +44,10 @@ def token_losses(
 
 def chosen_states(model: Model, batch: Batch, inputs: Tensor, causal: bool = False) -> Tensor:
     """The last layer's states at the batch's positions, [N, hidden]."""
-    states = model.backbone(**model_inputs(batch, inputs), causal=causal or None)[-1]
-    return token_rows(states, batch)[batch.positions]
+    states = model.backbone(
+        **model_inputs(batch, inputs), causal=causal or None, rows=batch.positions
+    )
+    return states[-1]
 
 
 def vocabulary_losses(

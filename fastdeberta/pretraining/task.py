@@ -27,7 +27,6 @@ from .batches import (
     Corruption,
     RowSource,
     causal,
-    row_lengths,
     token_counts,
 )
 from .combinations import SINGLE
@@ -116,8 +115,7 @@ class Pretraining:
         read = source[rows]
         if phase == CAUSAL:
             return causal(read, phase)
-        lengths = None if read.cu_seqlens is None else row_lengths(source, rows)
-        return self.corruption(read, draws, phase, lengths)
+        return self.corruption(read, draws, phase, source.row_lengths(rows))
 
     def _phase(self, step: int) -> str:
         settings = self.settings

@@ -9,7 +9,7 @@ import atexit
 import copy
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -103,12 +103,21 @@ def resolve_device(name: str) -> torch.device:
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """Moves every tensor of a (named) tuple, list or dict, however nested."""
+    return _of_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def pinned(batch: Any) -> Any:
+    """The same, copied into memory from which a GPU reads on its own."""
+    return _of_tensors(batch, Tensor.pin_memory)
+
+
+def _of_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        return change(batch)
     if isinstance(batch, dict):
-        return {key: to_device(value, device) for key, value in batch.items()}
+        return {key: _of_tensors(value, change) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        parts = [to_device(value, device) for value in batch]
+        parts = [_of_tensors(value, change) for value in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     return batch
 

@@ -37,8 +37,9 @@ class TrainSettings:
     max_grad_norm: float = 1.0
     ema: float = 0.0  # decay of averaged weights, which are then evaluated and exported
     precision: str = "fp32"  # or "bf16", "fp16": autocast, the latter with scaled losses
-    compile: bool = False  # torch.compile
+    compile: bool = False  # torch.compile of the encoders in training; dropout draws otherwise
     activation_checkpointing: bool = False  # layers run again in the backward pass: less memory
+    workers: int = 0  # threads that make the batches of the next steps; 0: each when it is needed
     parallel: str = "ddp"  # of several ranks: whole copies; or "fsdp", each holds its share
     device: str = "auto"  # "cuda" where there is one, else "cpu"
     backend: str = "auto"  # of attention
@@ -58,7 +59,13 @@ class TrainSettings:
         for key in ("steps", "batch_size", "accumulation", "log_every", "keep_checkpoints"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
-        for key in ("warmup_steps", "evaluate_every", "checkpoint_every", "weight_decay"):
+        for key in (
+            "warmup_steps",
+            "evaluate_every",
+            "checkpoint_every",
+            "weight_decay",
+            "workers",
+        ):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key} must not be negative, got {getattr(self, key)}")
         for key in ("learning_rate", "max_grad_norm", "epsilon"):

@@ -4,80 +4,43 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..attention import set_backend
 from ..files import write_atomically
-from ..models.encoder import Encoder
+from ..models.encoder import Backbone, Encoder
 from . import checkpoint
-from .distributed import Ranks, Replica, Shards, lost_contact, to_device, whole_tensor
+from .distributed import Ranks, Replica, Shards, lost_contact, pinned, to_device, whole_tensor
 from .draws import Draws, seed_step
 from .optimizer import LossScaler, clip_gradients, make_optimizer, set_learning_rate
 from .order import epoch_rows
+from .prefetch import prefetched
 from .reporting import Log, NoProgress, Progress
 from .settings import TrainSettings, load_yaml, to_yaml
+from .task import Task
 from .throughput import utilization
 
 CONFIG = "config.yaml"
 
 # Settings that may differ where a run goes on: they change how a step is computed, not what.
-FREE = ("output", "accumulation", "activation_checkpointing", "compile")
+FREE = ("output", "accumulation", "activation_checkpointing", "compile", "workers")
 
 
-class Task(Protocol):
-    """What is trained. Random numbers come from `draws` and torch's seeded generator alone.
+class Share(NamedTuple):
+    """This rank's micro-batches of a step, and what `counts`, `tokens` and `compute` say of them
+    together."""
 
-    Attributes:
-        model: model(batch) -> each loss's sum over the batch, by name, as scalars. It may be
-            wrapped; `evaluate` and `export` always find it whole, with the weights to be judged.
-        rows: training rows; the trainer says which of them a step takes.
-    """
-
-    title: str
-    model: nn.Module
-    rows: int
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Optimiser groups, each with a `peak_lr` and its `network`."""
-        ...
-
-    def begin(self, step: int) -> None:
-        """Before step `step`, from 0: may copy or freeze weights. Twice is as good as once."""
-        ...
-
-    def batch(self, rows: Tensor, draws: Draws) -> Any:
-        """One micro-batch of the training rows `rows`, int64 [count], on the CPU."""
-        ...
-
-    def counts(self, batch: Any) -> dict[str, float]:
-        """The denominators of the losses, by the names of their sums."""
-        ...
-
-    def weights(self, step: int) -> dict[str, float]:
-        """The loss of a step is the sum of weight * sum / count; a name left out is only logged."""
-        ...
-
-    def tokens(self, batch: Any) -> int:
-        """Real tokens in a batch."""
-        ...
-
-    def compute(self, batch: Any) -> float:
-        """Floating-point operations of training on a batch; 0.0: unknown."""
-        ...
-
-    def evaluate(self) -> dict[str, float]:
-        """Scores on held-out data."""
-        ...
-
-    def export(self, directory: Path) -> None:
-        """Writes the models, loadable by from_pretrained, below `directory`."""
-        ...
+    batches: list[Any]
+    counts: dict[str, float]
+    tokens: int
+    flops: float
 
 
 class Interrupted(Exception):
@@ -138,7 +101,11 @@ class Trainer:
             self.held = Replica(task.model.to(self.device), self.ranks)
         self.model = self.held.model
         if settings.compile:
-            self.model.compile()
+            # Encoders are nearly all of the work. A loss over the vocabulary would be compiled
+            # anew for every number of chosen tokens.
+            modules = list(self.model.modules())
+            for module in [m for m in modules if isinstance(m, Backbone)] or modules[:1]:
+                module.compile()
         self.optimizer = make_optimizer(groups, settings)
         self.scaler = LossScaler(settings.precision == "fp16")
         self.averages: dict[str, Tensor] = {}
@@ -182,19 +149,22 @@ class Trainer:
         self.progress.start(self.task.title, self.step, self.settings.steps)
         scores: dict[str, float] = {}
         try:
-            while self.step < self.settings.steps:
-                self._train_step()
-                last = self.step == self.settings.steps
-                if self._due(self.settings.log_every) or last:
-                    self._log(log)
-                if self._due(self.settings.evaluate_every) or last:
-                    scores = self._evaluate(log)
-                stop = self._stopping()
-                if self._due(self.settings.checkpoint_every) or last or stop is not None:
-                    path = self._checkpoint()
-                    if stop is not None and not last:
-                        name = signal.Signals(stop).name
-                        raise Interrupted(f"{name}: stopped after step {self.step}; saved {path}")
+            with self._shares(self.settings.steps) as shares:
+                while self.step < self.settings.steps:
+                    self._train_step(shares)
+                    last = self.step == self.settings.steps
+                    if self._due(self.settings.log_every) or last:
+                        self._log(log)
+                    if self._due(self.settings.evaluate_every) or last:
+                        scores = self._evaluate(log)
+                    stop = self._stopping()
+                    if self._due(self.settings.checkpoint_every) or last or stop is not None:
+                        path = self._checkpoint()
+                        if stop is not None and not last:
+                            name = signal.Signals(stop).name
+                            raise Interrupted(
+                                f"{name}: stopped after step {self.step}; saved {path}"
+                            )
         finally:
             self.progress.stop()
             log.close()
@@ -206,8 +176,9 @@ class Trainer:
     def measure(self, steps: int) -> float:
         """Seconds a step, over a few real steps; what they change is not saved."""
         started = self.seconds
-        for _ in range(steps):
-            self._train_step()
+        with self._shares(self.step + steps) as shares:
+            for _ in range(steps):
+                self._train_step(shares)
         return (self.seconds - started) / steps
 
     def _totals(self) -> dict[str, Any]:
@@ -254,19 +225,19 @@ class Trainer:
                 f"there, {new[key]!r} now); continue it with its own, or choose another output"
             )
 
-    def _train_step(self) -> None:
+    def _train_step(self, shares: Iterator[Share]) -> None:
         started = time.perf_counter()
         self.model.train()
         seed_step(self.settings.seed, self.step)
         self._begin()
         seed_step(self.settings.seed, self.step, self.ranks.rank)
-        batches = self._batches()
-        counts, tokens, flops = self._counts(batches)
+        share = next(shares)
+        counts, tokens, flops = self._totalled(share)
         weights = self.task.weights(self.step)
         factors = {k: weights.get(k, 0.0) / count if count else 0.0 for k, count in counts.items()}
         sums: dict[str, Tensor] = {}
-        for i, batch in enumerate(batches):
-            with self.held.accumulate(last=i == len(batches) - 1):
+        for i, batch in enumerate(share.batches):
+            with self.held.accumulate(last=i == len(share.batches) - 1):
                 with self._autocast():
                     loss, terms = self.held.call(to_device(batch, self.device), factors)
                 # Ranks' gradients are averaged, but ours are parts of one sum.
@@ -304,33 +275,40 @@ class Trainer:
             self.task.begin(self.step)
             self.held.scatter()
 
-    def _batches(self) -> list[Any]:
-        """This rank's micro-batches of the step."""
+    def _shares(self, end: int) -> AbstractContextManager[Iterator[Share]]:
+        """This rank's shares of the steps from the next one to `end`, one after another."""
+        start = None
+        if self.device.type == "cuda" and self.device.index is not None:
+            start = partial(torch.cuda.set_device, self.device)  # for which memory is pinned
+        return prefetched(self._share, range(self.step, end), self.settings.workers, start)
+
+    def _share(self, step: int) -> Share:
         settings, total = self.settings, self.sequences
-        rows = epoch_rows(self.task.rows, total, self.step, settings.seed)
+        rows = epoch_rows(self.task.rows, total, step, settings.seed)
         parts = self.ranks.count * settings.accumulation
         bounds = [total * i // parts for i in range(parts + 1)]
         first = self.ranks.rank * settings.accumulation
-        return [
-            self.task.batch(
-                rows[start:end], Draws(settings.seed, self.step, start, end - start, total)
-            )
+        batches = [
+            self.task.batch(rows[start:end], Draws(settings.seed, step, start, end - start, total))
             for start, end in zip(
                 bounds[first : first + settings.accumulation], bounds[first + 1 :], strict=False
             )
         ]
-
-    def _counts(self, batches: list[Any]) -> tuple[dict[str, float], int, float]:
-        """The step's denominators, tokens and operations, over all micro-batches and ranks."""
         counts: dict[str, float] = {}
         for batch in batches:
             for name, count in self.task.counts(batch).items():
                 counts[name] = counts.get(name, 0.0) + count
-        tokens = sum(map(self.task.tokens, batches))
-        flops = sum(map(self.task.compute, batches))
-        values = torch.tensor([*counts.values(), tokens, flops], dtype=torch.float64)
-        *totals, tokens, flops = self.ranks.sum(values).tolist()
-        return dict(zip(counts, totals, strict=True)), int(tokens), flops
+        tokens, flops = sum(map(self.task.tokens, batches)), sum(map(self.task.compute, batches))
+        if settings.workers and self.device.type == "cuda":
+            batches = pinned(batches)
+        return Share(batches, counts, tokens, flops)
+
+    def _totalled(self, share: Share) -> tuple[dict[str, float], int, float]:
+        """The step's denominators, tokens and operations, over all ranks."""
+        numbers = [*share.counts.values(), share.tokens, share.flops]
+        values = self.ranks.sum(torch.tensor(numbers, dtype=torch.float64))
+        *totals, tokens, flops = values.tolist()
+        return dict(zip(share.counts, totals, strict=True)), int(tokens), flops
 
     def _reduce(
         self, sums: dict[str, Tensor], counts: dict[str, float], factors: dict[str, float]
@@ -389,9 +367,13 @@ class Trainer:
         with self._judged():
             if self.main:
                 self.task.model.eval()
-                with torch.no_grad(), self._autocast():
+                with self._eager(), torch.no_grad(), self._autocast():
                     scores = self.task.evaluate()
         return self.ranks.share(scores)
+
+    def _eager(self) -> AbstractContextManager:
+        """Around an evaluation: to compile for its few batches and their shapes would not pay."""
+        return torch.compiler.set_stance("force_eager") if self.settings.compile else nullcontext()
 
     @contextmanager
     def _judged(self) -> Iterator[None]:

@@ -1,0 +1,1 @@
+"""`fastdeberta study`: the papers' ablation studies in miniature."""
