@@ -95,12 +95,12 @@ class Ours:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def losses(self, batch: Batch, corrupted: Tensor) -> list[Tensor]:
-        """The mean losses on a batch, in evaluation mode, given what the discriminator reads."""
+    def losses(self, batch: Batch) -> list[Tensor]:
+        """Both mean losses on a batch, in evaluation mode, in float32."""
         self.objective.eval()
         with torch.no_grad():
             sums = self.objective(batch._replace(numbers=torch.zeros_like(batch.positions).float()))
-            rtd = self.objective.discriminate(batch, corrupted).mean()
+            rtd = self.objective.discriminate(batch, corrupted(batch)).mean()
         self.objective.train()
         return [sums["mlm_loss"] / batch.chosen, rtd]
 
@@ -163,8 +163,8 @@ class Peer:
             with torch.no_grad():
                 noise = torch.rand_like(logits, dtype=torch.float32).clamp_(min=1e-9)
                 samples = (logits.float() - noise.log().neg().log()).argmax(-1)
-                corrupted = self.ids.masked_scatter(chosen, samples)
-            rtd = self.judge(corrupted)
+                replaced = self.ids.masked_scatter(chosen, samples)
+            rtd = self.judge(replaced)
         (mlm + self.rtd_weight * rtd).backward()
         nn.utils.clip_grad_norm_(self.networks.parameters(), 1.0)
         self.optimizer.step()
@@ -184,19 +184,19 @@ class Peer:
             logits = self.generator.lm_predictions(hidden, table)
         return nn.functional.cross_entropy(logits, self.ids[chosen]), logits
 
-    def judge(self, corrupted: Tensor) -> Tensor:
+    def judge(self, replaced: Tensor) -> Tensor:
         """The discriminator's loss."""
-        labels = (corrupted != self.ids).long()
-        output = self.discriminator(corrupted, attention_mask=self.mask, labels=labels)
+        labels = (replaced != self.ids).long()
+        output = self.discriminator(replaced, attention_mask=self.mask, labels=labels)
         return output.loss if self.electra else output
 
-    def losses(self, batch: Batch, corrupted: Tensor) -> list[Tensor]:
+    def losses(self, batch: Batch) -> list[Tensor]:
         """As `Ours.losses`."""
         self.networks.eval()
         chosen = torch.zeros_like(self.ids, dtype=torch.bool)
         chosen.view(-1)[batch.positions] = True
         with torch.no_grad():
-            losses = [self.propose(batch.inputs, chosen)[0], self.judge(corrupted)]
+            losses = [self.propose(batch.inputs, chosen)[0], self.judge(corrupted(batch))]
         self.networks.train()
         return losses
 
@@ -205,6 +205,12 @@ RIVALS: dict[str, Callable[[Ours], Peer]] = {
     "transformers, plain loop": Peer,
     "transformers, head on masked tokens": partial(Peer, gather=True),
 }
+
+
+def corrupted(batch: Batch) -> Tensor:
+    """A batch whose chosen tokens are others: each the one before it."""
+    ids = batch.input_ids.flatten()
+    return ids.index_copy(0, batch.positions, ids.roll(1)[batch.positions]).view_as(batch.input_ids)
 
 
 def random_ids(shape: Shape) -> Tensor:

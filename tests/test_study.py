@@ -28,7 +28,6 @@ TINY = Recipe(
     finetune_length=32,
     topics=40,
     topics_epochs=1.0,
-    topics_reinit=1,
     acceptability=40,
     acceptability_epochs=1.0,
     acceptability_dev=60,

@@ -90,8 +90,6 @@ class Recipe:
 
     documents: of the embedded text; None: all. labelled, dev: the fractions of them that give
     the examples for fine-tuning and for its scores; pre-training reads the others.
-    topics_reinit: top layers that start anew for topics. Layers that look for errors in sentences
-    are in the way of what a document is about (so also in the demo).
     fractions: of the compute, ascending to 1, after which a model is fine-tuned and scored.
     """
 
@@ -114,7 +112,6 @@ class Recipe:
     finetune_length: int = 64
     topics: int = 1000
     topics_epochs: float = 4.0
-    topics_reinit: int = 2
     acceptability: int = 4000
     acceptability_epochs: float = 3.0
     acceptability_dev: int = 2000

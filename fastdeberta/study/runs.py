@@ -11,7 +11,7 @@ import torch
 from .. import tokenizer as tokenizers
 from ..datasets import Article, wiki_leads
 from ..files import write_atomically
-from ..finetuning.classification import FinetuneSettings, SequenceClassification, reinitialize
+from ..finetuning.classification import FinetuneSettings, SequenceClassification
 from ..finetuning.data import Encoded, Example, encode
 from ..models import Config, Model, from_pretrained
 from ..pretraining import text
@@ -36,13 +36,12 @@ class Documents(NamedTuple):
 
 
 class FinetuningData(NamedTuple):
-    """One task of fine-tuning: its labels and examples; epochs; top layers that start anew."""
+    """One task of fine-tuning: its labels and examples, and epochs."""
 
     names: list[str]
     train: Encoded
     dev: Encoded
     epochs: float
-    reinit: int
 
 
 def split(recipe: Recipe) -> Documents:
@@ -97,9 +96,9 @@ def make_finetuning_data(recipe: Recipe, tokenizer: Any) -> dict[str, Finetuning
     ]
     length = recipe.finetune_length
     data = {}
-    for name, (train, dev), epochs, reinit in (
-        ("topics", topics, recipe.topics_epochs, recipe.topics_reinit),
-        ("acceptability", judged, recipe.acceptability_epochs, 0),
+    for name, (train, dev), epochs in (
+        ("topics", topics, recipe.topics_epochs),
+        ("acceptability", judged, recipe.acceptability_epochs),
     ):
         names = sorted({example.label for example in train if example.label})
         known = [example for example in dev if example.label in names]
@@ -108,7 +107,6 @@ def make_finetuning_data(recipe: Recipe, tokenizer: Any) -> dict[str, Finetuning
             encode(tokenizer, train, names, length, "train"),
             encode(tokenizer, known, names, length, "dev"),
             epochs,
-            reinit,
         )
     return data
 
@@ -233,5 +231,4 @@ def finetuning_task(
         model = Model(Config.from_dict(values), "sequence")
     else:
         model = from_pretrained(source, "sequence", allow_new_head=True, **changes)
-        reinitialize(model, data.reinit)
     return SequenceClassification(model, settings, data.train, data.dev, tokenizer)
