@@ -26,8 +26,8 @@ env: $(INSTALLED)  ## make .venv: the pinned packages, and this one with its ker
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=..." if sys.version_info < (3, 10) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt pip setuptools wheel ninja torch
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[train,triton,onnx,test,bench,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt pip setuptools setuptools-scm wheel ninja torch
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[train,ner,triton,onnx,test,bench,dev]'
 	@touch $@
 
 demo: $(INSTALLED)  ## the main job on the embedded data: a few minutes on two cores

@@ -147,10 +147,10 @@ def test_resuming_changes_nothing(files, tmp_path, monkeypatch):
     more |= {"early_stopping": 3, "dropout": 0.2}
     whole = finetune(settings_of(files, tmp_path / "whole", **more))
 
-    def killed(trainer):
+    def killed(trainer, shares):
         if trainer.step == 11:
             raise Interrupted("killed")
-        step(trainer)
+        step(trainer, shares)
 
     step = Trainer._train_step
     monkeypatch.setattr(Trainer, "_train_step", killed)

@@ -8,7 +8,8 @@ stopping watches. All raise ValueError where the two differ in number or are emp
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 Scores = dict[str, float]
@@ -113,6 +114,14 @@ def tag_accuracy(
         for a, b in zip(predicted, tags, strict=True)
     ]
     return {"tag_accuracy": _mean(right) if right else 0.0}
+
+
+def check_installed(names: Iterable[str]) -> None:
+    """Raises ModuleNotFoundError where one of the metrics needs a package that is not there."""
+    if "seqeval" in names and find_spec("seqeval") is None:
+        raise ModuleNotFoundError(
+            "the metric 'seqeval' needs one package more: pip install 'fastdeberta[ner]'"
+        )
 
 
 def seqeval(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> Scores:

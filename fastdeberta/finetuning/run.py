@@ -24,6 +24,7 @@ from .decoding import Outputs, Predicted, references
 from .examples import Example, TextExample
 from .finetuning import Finetuning, Split
 from .labels import class_names, encode
+from .metrics import check_installed
 from .recipes import reinitialize
 from .report import write_report
 from .settings import FinetuneSettings, config_of, find_task, position_limit
@@ -85,7 +86,9 @@ def read(task: Task, settings: FinetuneSettings, progress: Progress) -> Data:
 
     Raises:
         FileNotFoundError, ValueError: see Task.read; or a dev label is missing or unknown.
+        ModuleNotFoundError: see `check_installed`.
     """
+    check_installed(task.metrics)
     directory = Path(settings.data_dir)
     train = task.read(directory, "train")
     names = class_names(task, train)

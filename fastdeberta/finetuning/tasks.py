@@ -195,7 +195,7 @@ def find_task(name: str | Path) -> Task:
         )
     if name not in TASKS:
         near = difflib.get_close_matches(str(name), TASKS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(
             f"unknown task {str(name)!r}{hint} Known are {', '.join(TASKS)}, "
             "or the path of a task file (.yaml)"

@@ -4,7 +4,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 
-from ..finetuning.data import Example
+from ..finetuning.examples import TextExample
 
 ACCEPTABLE, UNACCEPTABLE = "acceptable", "unacceptable"
 LABELS = (ACCEPTABLE, UNACCEPTABLE)
@@ -84,7 +84,9 @@ KINDS: tuple[Callable[[Sequence[str], random.Random], Iterator[str]], ...]
 KINDS = (_swap, _leave_out, _double, _exchange)
 
 
-def examples(documents: Sequence[str], count: int | None = None, seed: int = 0) -> list[Example]:
+def examples(
+    documents: Sequence[str], count: int | None = None, seed: int = 0
+) -> list[TextExample]:
     """`count` examples (None: all), half of them corrupted; the same ones for the same seed.
 
     Every sentence comes once as it is and once corrupted, one after the other, so that no word
@@ -96,14 +98,14 @@ def examples(documents: Sequence[str], count: int | None = None, seed: int = 0) 
     choice = random.Random(seed)
     found = list(dict.fromkeys(s for document in documents for s in sentences(document)))
     choice.shuffle(found)
-    seen, made = set(found), list[Example]()
+    seen, made = set(found), list[TextExample]()
     for sentence in found:
         if count is not None and len(made) >= count:
             break
         changed = corrupt(sentence, choice)
         if changed is not None and changed not in seen:
-            made.append(Example(sentence, None, ACCEPTABLE))
-            made.append(Example(changed, None, UNACCEPTABLE))
+            made.append(TextExample("", sentence, label=ACCEPTABLE))
+            made.append(TextExample("", changed, label=UNACCEPTABLE))
     if count is not None and len(made) < count:
         raise ValueError(f"acceptability: {count} examples asked for, the text has {len(made)}")
     return made

@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +12,12 @@ import torch
 from .. import tokenizer as tokenizers
 from ..datasets import Article, wiki_leads
 from ..files import write_atomically
-from ..finetuning.classification import FinetuneSettings, SequenceClassification
-from ..finetuning.data import Encoded, Example, encode
+from ..finetuning.examples import TextExample
+from ..finetuning.features import Features
+from ..finetuning.finetuning import Finetuning, Split
+from ..finetuning.labels import encode
+from ..finetuning.settings import FinetuneSettings
+from ..finetuning.tasks import TASKS, Task
 from ..models import Config, Model, from_pretrained
 from ..pretraining import text
 from ..pretraining.corpus import Corpus
@@ -36,12 +41,20 @@ class Documents(NamedTuple):
 
 
 class FinetuningData(NamedTuple):
-    """One task of fine-tuning: its labels and examples, and epochs."""
+    """One task of fine-tuning: its labels and examples, and epochs. Its first metric is scored."""
 
+    task: Task
     names: list[str]
-    train: Encoded
-    dev: Encoded
+    train: Features
+    dev: Split
     epochs: float
+
+
+# Acceptability is scored as CoLA is.
+TASK_OF = {
+    "topics": TASKS["classification"],
+    "acceptability": replace(TASKS["classification"], metrics=("matthews",)),
+}
 
 
 def split(recipe: Recipe) -> Documents:
@@ -82,7 +95,7 @@ def make_finetuning_data(recipe: Recipe, tokenizer: Any) -> dict[str, Finetuning
     documents = split(recipe)
     parts = documents.labelled, documents.dev
     topics = [
-        [Example(a.text, None, a.topic) for a in part if a.topic != "Uncategorized"]
+        [TextExample("", a.text, label=a.topic) for a in part if a.topic != "Uncategorized"]
         for part in parts
     ]
     if len(topics[0]) < recipe.topics:
@@ -94,20 +107,19 @@ def make_finetuning_data(recipe: Recipe, tokenizer: Any) -> dict[str, Finetuning
             zip(parts, (recipe.acceptability, recipe.acceptability_dev), strict=True)
         )
     ]
-    length = recipe.finetune_length
     data = {}
     for name, (train, dev), epochs in (
         ("topics", topics, recipe.topics_epochs),
         ("acceptability", judged, recipe.acceptability_epochs),
     ):
-        names = sorted({example.label for example in train if example.label})
+        task, settings = TASK_OF[name], FinetuneSettings(max_length=recipe.finetune_length)
+        names = sorted({str(example.label) for example in train})
         known = [example for example in dev if example.label in names]
-        data[name] = FinetuningData(
-            names,
-            encode(tokenizer, train, names, length, "train"),
-            encode(tokenizer, known, names, length, "dev"),
-            epochs,
+        features, held_out = (
+            encode(task.head, tokenizer, part, names, settings, training, name)
+            for part, training in ((train, True), (known, False))
         )
+        data[name] = FinetuningData(task, names, features, Split(known, held_out), epochs)
     return data
 
 
@@ -185,17 +197,10 @@ def finetune(
     output: Path,
     progress: Progress | None = None,
 ) -> float:
-    """Fine-tunes a checkpoint, or fresh weights of a config; returns 100 times its score.
-
-    The score is accuracy, or of acceptability Matthews' correlation, as for CoLA.
-    """
+    """Fine-tunes a checkpoint, or fresh weights of a config; returns 100 times its score."""
     task = finetuning_task(recipe, data, tokenizer, source, seed, output)
     result = Trainer(task, task.settings, progress).run()
-    if data.names != sorted(acceptability.LABELS):
-        return 100 * float(result["accuracy"])
-    from sklearn.metrics import matthews_corrcoef
-
-    return 100 * float(matthews_corrcoef(data.dev.labels.tolist(), task.predicted))
+    return 100 * float(result[data.task.metrics[0]])
 
 
 def finetuning_task(
@@ -205,7 +210,7 @@ def finetuning_task(
     source: Config | Path,
     seed: int,
     output: Path,
-) -> SequenceClassification:
+) -> Finetuning:
     """What `finetune` trains."""
     settings = FinetuneSettings(
         output=str(output),
@@ -217,7 +222,7 @@ def finetuning_task(
         precision=recipe.precision,
         device="cpu",
     )
-    settings.set_steps(len(data.train.ids))
+    settings.set_steps(len(data.train))
     settings.log_every = settings.steps
     changes: dict[str, Any] = {
         "id2label": dict(enumerate(data.names)),
@@ -231,4 +236,4 @@ def finetuning_task(
         model = Model(Config.from_dict(values), "sequence")
     else:
         model = from_pretrained(source, "sequence", allow_new_head=True, **changes)
-    return SequenceClassification(model, settings, data.train, data.dev, tokenizer)
+    return Finetuning(data.task, model, settings, tokenizer, data.train, {"dev": data.dev})

@@ -37,7 +37,7 @@ def mean_and_spread(scores: Sequence[float]) -> tuple[float, float | None]:
 
 def judge(better: Sequence[float], worse: Sequence[float]) -> tuple[float, float | None, str]:
     """(difference of the means, what it must exceed, verdict) of a pair; see RULE."""
-    from scipy.stats import t  # type: ignore[import-untyped]
+    from scipy.stats import t
 
     difference = statistics.mean(better) - statistics.mean(worse)
     if min(len(better), len(worse)) < 2:
