@@ -423,6 +423,4 @@ def _named_head(source: Path) -> str | None:
         config = Config.load(source)
     except (FileNotFoundError, ValueError):
         return None  # Of another layout, or damaged, which from_pretrained says.
-    heads = layouts.ARCHITECTURES[config.model_type].items()
-    named = config.extra.get("architectures") or []
-    return next((key.split(",")[0] for key, name in heads if name in named), None)
+    return layouts.named_head(config)

@@ -327,7 +327,7 @@ def load(
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
     known = ", ".join(PREDICTORS)
     if head is None:
-        head = _named_head(directory)
+        head = layouts.named_head(Config.load(directory))
         if head not in PREDICTORS:
             named = "no head that is known" if head is None else f"the head {head!r}"
             raise ValueError(
@@ -341,14 +341,6 @@ def load(
     predictor = PREDICTORS[head](model.to(device), tokenizers.load(directory), **options)
     predictor.directory = directory
     return predictor
-
-
-def _named_head(directory: Path) -> str | None:
-    """The head that a checkpoint's config names."""
-    config = Config.load(directory)
-    heads = layouts.ARCHITECTURES[config.model_type].items()
-    named = config.extra.get("architectures") or []
-    return next((key.split(",")[0] for key, name in heads if name in named), None)
 
 
 def _rounded(batch: Batch, longest: int) -> Batch:

@@ -230,6 +230,13 @@ def variant(config: Config, head: str) -> str:
     return key if key in HEADS[config.model_type] else head
 
 
+def named_head(config: Config) -> str | None:
+    """The head of the class that a checkpoint's config names; None: of none that is known."""
+    heads = ARCHITECTURES[config.model_type].items()
+    named = config.extra.get("architectures") or []
+    return next((key.split(",")[0] for key, name in heads if name in named), None)
+
+
 def architecture(config: Config, head: str) -> str | None:
     """transformers' class for a model, where it has one."""
     return ARCHITECTURES[config.model_type].get(variant(config, head))
