@@ -1,10 +1,12 @@
 """Files: read line by line with clear errors; written whole or not at all."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -68,3 +70,18 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                 raise ValueError(
                     f"{path} is not UTF-8: line {number}, byte {error.start + 1}"
                 ) from None
+
+
+def json_object(line: str, where: str) -> dict[str, Any]:
+    """A line of JSON lines.
+
+    Raises:
+        ValueError: it is not JSON, or no object; `where` says which line it is.
+    """
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON: {error.msg}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected a JSON object")
+    return value

@@ -6,11 +6,11 @@ step, sums do.
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 from ..models import Model
+from ..models.answers import wide
 from ..models.encoded import ModelOutput
 from .features import Batch
 
@@ -37,7 +37,7 @@ class Objective(nn.Module):
 
     def losses(self, batch: Batch, outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """The loss of those outputs, a sum over `count` values, in float32 at least."""
-        logits, labels = _wide(outputs[0]), batch.targets["labels"]
+        logits, labels = wide(outputs[0]), batch.targets["labels"]
         if self.model.head_name == "sequence" and self.model.config.num_labels == 1:
             return {"loss": mse_loss(logits.squeeze(-1), labels.to(logits.dtype), reduction="sum")}
         return {"loss": cross_entropy(logits, labels, reduction="sum")}
@@ -84,7 +84,7 @@ class SpanObjective(Objective):
         return logits if output.impossible_logits is None else (*logits, output.impossible_logits)
 
     def losses(self, batch: Batch, outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        start, end, *impossible = map(_wide, outputs)
+        start, end, *impossible = map(wide, outputs)
         starts, ends = batch.targets["start_positions"], batch.targets["end_positions"]
         loss = cross_entropy(start, starts, reduction="sum")
         loss = (loss + cross_entropy(end, ends, reduction="sum")) / 2
@@ -111,7 +111,7 @@ class EntityObjective(Objective):
         return (_given(self.run(batch, entity_spans=batch.targets["entity_spans"]).logits),)
 
     def losses(self, batch: Batch, outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        logits, labels = _wide(outputs[0]), batch.targets["labels"]
+        logits, labels = wide(outputs[0]), batch.targets["labels"]
         losses = binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
         return {"loss": losses[_real(batch)].sum()}
 
@@ -148,7 +148,3 @@ def _real(batch: Batch) -> Tensor:
     """Which entities are not padding, bool [B, E]."""
     start, end = batch.targets["entity_spans"].unbind(-1)
     return start < end
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..figures import draw_confusion, figure, page, png
-from ..files import read_lines, write_atomically
+from ..files import json_object, read_lines, write_atomically
 from ..training.reporting import METRICS, read_metrics
 
 PREDICTIONS = "predictions.jsonl"
@@ -74,12 +74,7 @@ def read_predictions(path: Path) -> Predicted | None:
     """
     rows = []
     for number, line in read_lines(path):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON: {error.msg}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object")
+        row = json_object(line, f"{path}, line {number}")
         if isinstance(row.get("label"), str) and isinstance(row.get("prediction"), str):
             rows.append((number, row))
     if not rows:

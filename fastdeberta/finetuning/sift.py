@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, log_softmax, pad
 
 from ..models import Model
+from ..models.answers import wide
 
 NORM_EPS = 1e-7  # of the normalisation in front of the perturbation
 SCALE_EPS = 1e-6  # added to a token's largest gradient, by which the others are divided
@@ -149,7 +150,7 @@ class SiFT(nn.Module):
 
     def _divergence(self, logits: Tensor, target: Tensor) -> Tensor:
         """Their divergences' sum over all rows."""
-        logits, target = _wide(logits), _wide(target)
+        logits, target = wide(logits), wide(target)
         model: Model = self.objective.model
         config = model.config
         several = config.problem_type == "multi_label_classification"
@@ -164,7 +165,7 @@ class SiFT(nn.Module):
 
 def normalized(x: Tensor) -> Tensor:
     """Zero mean and unit variance over the last dimension, in float32 at least."""
-    x = _wide(x)
+    x = wide(x)
     return layer_norm(x, x.shape[-1:], eps=NORM_EPS)
 
 
@@ -179,7 +180,3 @@ def _sharded(module: nn.Module) -> bool:
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p, q), the sum over all rows."""
     return (log_p.exp() * (log_p - log_q)).sum()
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_atomically
+from .readers.superglue import FOLDERS
 from .tasks import Task
 
 GLUE_FILES = {
@@ -26,16 +27,6 @@ GLUE_FILES = {
     "rte": "RTE",
     "wnli": "WNLI",
     "ax": "AX",
-}
-SUPERGLUE_FILES = {
-    "boolq": "BoolQ",
-    "cb": "CB",
-    "copa": "COPA",
-    "multirc": "MultiRC",
-    "record": "ReCoRD",
-    "superglue-rte": "RTE",
-    "wic": "WiC",
-    "wsc": "WSC",
 }
 # Splits with a file of their own, whatever the task.
 SPLIT_FILES = {"test-mm": "MNLI-mm", "ax": "AX", "ax-b": "AX-b", "ax-g": "AX-g"}
@@ -99,7 +90,7 @@ def _superglue(task: Task, split: str, predictions: Mapping[str, Any]) -> dict[s
             {"idx": name, "label": _superglue_label(task, prediction)}
             for name, prediction in sorted(_numbered(predictions).items())
         ]
-    stem = SPLIT_FILES.get(split, SUPERGLUE_FILES[task.name])
+    stem = SPLIT_FILES.get(split, FOLDERS[task.name])
     return {f"{stem}.jsonl": "".join(json.dumps(row) + "\n" for row in rows)}
 
 

@@ -92,7 +92,7 @@ class BeamSpanHead(Head):
             probs = softmax(start_logits, -1).to(hidden.dtype)
             pooled = torch.cat([encoded.first, (probs.unsqueeze(1) @ hidden).squeeze(1)], -1)
             logit = self.impossible(gelu(self.impossible_dense(pooled)))
-            output.impossible_logits = _wide(logit).squeeze(-1)
+            output.impossible_logits = wide(logit).squeeze(-1)
         # The dense layer on (start, token) is a sum of two, each of which runs once a token.
         states = linear(hidden, self.end_dense.weight.chunk(2, 1)[1], self.end_dense.bias)
         start, end = targets.start_positions, targets.end_positions
@@ -222,10 +222,11 @@ def _allowed(encoded: Encoded) -> Tensor:
 
 def _masked(logits: Tensor, allowed: Tensor) -> Tensor:
     """[..., 1] -> [...], in float32 at least; allowed broadcasts to the result."""
-    return _wide(logits).squeeze(-1).masked_fill(~allowed, MASKED)
+    return wide(logits).squeeze(-1).masked_fill(~allowed, MASKED)
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -240,5 +241,5 @@ def _position_loss(logits: Tensor, position: Tensor) -> Tensor:
     """Mean cross entropy of the positions that are not past the end; 0 if there are none."""
     length = logits.size(1)
     position = position.clamp(0, length)
-    loss = cross_entropy(_wide(logits), position, ignore_index=length, reduction="sum")
+    loss = cross_entropy(wide(logits), position, ignore_index=length, reduction="sum")
     return loss / (position < length).sum().clamp(min=1)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...files import read_lines
+from ...files import json_object, read_lines
 
 # A row and where it stands, for errors: "dev.tsv, line 3".
 Rows = Iterator[tuple[str, dict[str, Any]]]
@@ -106,13 +106,8 @@ def _jsonl(path: Path) -> Rows:
     for number, line in read_lines(path):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON: {error.msg}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object")
-        yield f"{path}, line {number}", row
+        where = f"{path}, line {number}"
+        yield where, json_object(line, where)
 
 
 def read_json(path: Path) -> Any:
