@@ -142,7 +142,7 @@ def finetune(
 
 @app.command()
 def predict(
-    model: Annotated[str, typer.Option(help="directory of the checkpoint, with its tokenizer")],
+    model: Annotated[str, typer.Option(help="directory or hub id of the checkpoint")],
     source: Annotated[
         str, typer.Option("--input", metavar="FILE", help="a JSON object a line; - for stdin")
     ],

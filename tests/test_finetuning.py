@@ -2,6 +2,7 @@
 
 import json
 
+import huggingface_hub
 import pytest
 import tiny
 import torch
@@ -10,6 +11,7 @@ from finetuned import finetuning_of, lines_of, settings_of, write_data, write_fi
 from fastdeberta import cli
 from fastdeberta import tokenizer as tokenizers
 from fastdeberta.finetuning.examples import TextExample
+from fastdeberta.finetuning.predictors import load
 from fastdeberta.finetuning.recipes import layer_groups, recipe, reinitialize
 from fastdeberta.finetuning.run import finetune
 from fastdeberta.finetuning.settings import FinetuneSettings, find_task, resolve
@@ -290,7 +292,9 @@ def test_questions(head, files, tmp_path, capsys):
         best = row["n_best"][0]["text"]
         answered = row["no_answer"] <= result["best_f1_threshold"]
         assert row["prediction"] == (best if answered else "")
-    assert from_pretrained(output / "model", "span").config.span_head == head
+    config = from_pretrained(output / "model", "span").config
+    assert config.span_head == head
+    assert config.extra["no_answer_threshold"] == result["best_f1_threshold"]
 
 
 def test_a_task_file_and_sift(files, tmp_path, capsys):
@@ -332,6 +336,18 @@ def test_from_a_pretraining_export(files, tmp_path):
     model = from_pretrained(tmp_path / "run" / "model", "sequence")
     for name, expected in from_pretrained(checkpoint).state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], expected, rtol=0, atol=1e-6)
+
+
+def test_from_the_hub(files, tmp_path, monkeypatch):
+    """Model and tokenizer, also for predictions."""
+    hub = {"someone/model": str(files / "model"), "someone/tuned": str(tmp_path / "here" / "model")}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: hub[name])
+    for model in ("someone/model", str(files / "model")):
+        output = tmp_path / ("hub" if model == "someone/model" else "here")
+        finetune(settings_of(files, output, epochs=0.2, model=model))
+    here, there = (tmp_path / name / "predictions.jsonl" for name in ("here", "hub"))
+    assert here.read_bytes() == there.read_bytes()
+    assert load("someone/tuned").labels == ["forest", "sea"]
 
 
 @pytest.mark.parametrize("name", ["model", "electra"])

@@ -61,8 +61,8 @@ def made(kind, count, seed):
         elif kind == "regression":
             examples.append(TextExample(name, text, None, 3.0 if topic == "sea" else 1.0))
         elif kind == "choice":
-            right = draw.randrange(3)
-            options = [f"the {draw.choice(LAND)} and the owl" for _ in range(3)]
+            options = [f"the {draw.choice(LAND)} and the owl" for _ in range(2 + i % 3)]
+            right = draw.randrange(len(options))
             options[right] = f"the {place} and the owl"
             examples.append(ChoiceExample(name, "The old", tuple(options), right))
         elif kind == "token":
@@ -106,7 +106,10 @@ def test_sums_are_the_heads_own_means(kind, family):
     """Packed and padded; and over micro-batches they add up."""
     model = tiny.randomize(model_of(kind, family))
     objective = objective_for(model)
-    train = encoded(kind, made(kind, 6, 1), True, max_length=24)
+    examples = made(kind, 6, 1)
+    if kind == "choice":  # The head's own loss is of questions with equally many options.
+        examples = [example for example in made(kind, 18, 1) if len(example.options) == 3]
+    train = encoded(kind, examples, True, max_length=24)
     rows = list(range(min(6, len(train))))
     packed, padded = train.batch(rows), train.batch(rows, packed=False)
     loss, count = objective(packed)["loss"], objective.count(packed)
@@ -123,7 +126,7 @@ def test_sums_are_the_heads_own_means(kind, family):
         types, ids, mask = batch.token_type_ids, batch.input_ids, batch.attention_mask
         if kind == "choice" and mask is not None:
             types, ids, mask = (x.unflatten(0, (-1, 3)) for x in (types, ids, mask))
-        packing = {"cu_seqlens": batch.cu_seqlens, "num_choices": batch.num_choices}
+        packing = {"cu_seqlens": batch.cu_seqlens, "num_choices": 3}
         own = model(ids, mask, types, **packing, **more).loss
         torch.testing.assert_close(loss / count, own, rtol=1e-5, atol=1e-5)
     parts = [train.batch(part) for part in (rows[:2], rows[2:])]
@@ -147,11 +150,14 @@ def test_the_means_of_the_heads_do_not_add_up():
 
 
 def test_losses_by_hand():
-    choice = objective_for(model_of("choice"))
-    batch = encoded("choice", made("choice", 2, 0), True).batch([0, 1])
-    logits = torch.tensor([[1.0, 2.0, 0.0], [0.0, 0.0, 0.0]])
-    loss = choice.losses(batch, (logits,))["loss"]
-    torch.testing.assert_close(loss, cross_entropy(logits, batch.targets["labels"]) * 2)
+    choice = objective_for(tiny.randomize(model_of("choice")).eval())
+    batch = encoded("choice", made("choice", 3, 0), True).batch([0, 2])
+    assert batch.options == (2, 4)
+    (logits,) = choice.outputs(batch)
+    assert logits.shape == (2, 4) and (logits[0, 2:] < -1000).all()
+    labels = batch.targets["labels"]
+    expected = cross_entropy(logits[:1, :2], labels[:1]) + cross_entropy(logits[1:], labels[1:])
+    torch.testing.assert_close(choice.losses(batch, (logits,))["loss"], expected)
     beam = objective_for(model_of("beam"))
     batch = encoded("beam", made("beam", 2, 0), True).batch([0, 1])
     start, end = torch.randn(2, 48), torch.randn(2, 48)

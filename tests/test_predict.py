@@ -218,6 +218,10 @@ def test_answers_in_texts_of_any_length(tmp_path):
     assert text[encoding.offsets[i][0] : encoding.offsets[j][1]].strip() == short["answer"]
     none = start[0] + end[0] - start[i] - end[j]
     assert short["no_answer"] == pytest.approx(none.item(), abs=1e-3)
+    for more, answer in ((0.1, short["answer"]), (-0.1, "")):
+        predictor.model.config.extra["no_answer_threshold"] = short["no_answer"] + more
+        (judged,) = predictor.predict([predictor.read(rows[0])])
+        assert judged["answer"] == answer and judged["no_answer"] == short["no_answer"]
     # Windows reach the end of a long text.
     narrow = load(tmp_path, max_length=40)
     (result,) = narrow.predict([narrow.read(rows[2])])
@@ -564,7 +568,7 @@ def test_command_from_stdin_to_stdout(checkpoint, tmp_path, capsysbinary, monkey
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"--model": "nowhere"}, "no model directory at nowhere"),
+        ({"--model": "./nowhere"}, "no model directory at nowhere"),
         ({"--model": "{base}"}, "{base}/config.json names the head 'base'; --head says which"),
         ({"--model": "{base}", "--head": "sequence"}, "has no weights for head 'sequence'"),
         ({"--head": "mlm"}, "head must be one of sequence, token, choice"),

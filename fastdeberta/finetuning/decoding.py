@@ -124,10 +124,10 @@ def predict(
         return Predicted([one.answer() for one in found], spans=found)
     if task.head == "sequence" and not names:
         return Predicted([float(logits) for (logits,) in outputs])
+    if task.head == "choice":
+        return Predicted([int(logits.argmax()) for (logits,) in outputs])
     logits = torch.stack([logits for (logits,) in outputs])
     best = logits.argmax(-1).tolist()
-    if task.head == "choice":
-        return Predicted(best)
     return Predicted([names[i] for i in best], probabilities=logits.softmax(-1))
 
 

@@ -6,6 +6,7 @@ or a question with all its options, each of which is a sequence.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,12 +30,12 @@ Tokens = np.ndarray  # int32 [L]
 class Batch(NamedTuple):
     """Rows for a model: packed, or padded on the right.
 
-    input_ids, token_type_ids (0: first text, 1: second): int64 [T], or [B, L]. attention_mask:
-    bool [B, L], None where packed. cu_seqlens, max_seqlen: None where padded. num_choices:
-    sequences a row, None: one. targets: labels int64 [B] or float32 [B] (regression);
-    start_positions, end_positions int64 [B]; entity_spans int64 [B, E, 2] with labels int64 [B, E];
-    places int64 [N], where the first sub-words stand among all of the batch's tokens, padding
-    counted, with labels int64 [N].
+    input_ids, token_type_ids (0: first text, 1: second): int64 [T], or [B, L]. attention_mask: bool
+    [B, L], None where packed. cu_seqlens, max_seqlen: None where padded. options: of questions with
+    options, each of which is a sequence, how many; None: a row is one. targets: labels int64 [B] or
+    float32 [B] (regression); start_positions, end_positions int64 [B]; entity_spans int64 [B, E, 2]
+    with labels int64 [B, E]; places int64 [N], where the first sub-words stand among all of the
+    batch's tokens, padding counted, with labels int64 [N].
     """
 
     input_ids: Tensor
@@ -42,7 +43,7 @@ class Batch(NamedTuple):
     attention_mask: Tensor | None
     cu_seqlens: Tensor | None
     max_seqlen: int | None
-    num_choices: int | None
+    options: tuple[int, ...] | None
     targets: dict[str, Tensor]
 
 
@@ -70,16 +71,17 @@ class Features:
 
     tokens: int32 [T] of all sequences, end to end. starts: int64 [S + 1], where each begins.
     seconds: int64 [S], the place within each where its second text begins (its length: none).
-    targets: of every row one value (Tensor) or several (Ragged), by the names in Batch. choices:
-    sequences a row. windows: of a text in windows, where each row's tokens stand in the text.
-    words: of tagging, the number of the word that each of a row's `places` begins.
+    targets: of every row one value (Tensor) or several (Ragged), by the names in Batch. options:
+    int64 [N], sequences of each row; None: one. windows: of a text in windows, where each row's
+    tokens stand in the text. words: of tagging, the number of the word that each of a row's
+    `places` begins.
     """
 
     tokens: Tensor
     starts: Tensor
     seconds: Tensor
     targets: dict[str, Tensor | Ragged] = field(default_factory=dict)
-    choices: int | None = None
+    options: Tensor | None = None
     windows: tuple[Window, ...] = ()
     words: Ragged | None = None
 
@@ -96,17 +98,25 @@ class Features:
 
     def __len__(self) -> int:
         """Rows."""
-        return (len(self.starts) - 1) // (self.choices or 1)
+        return len(self.starts) - 1 if self.options is None else len(self.options)
 
     @property
     def lengths(self) -> Tensor:
         """Tokens of every row, of all its sequences: int64 [N]."""
-        return self.starts.diff().view(len(self), -1).sum(1)
+        return self.starts[self._firsts].diff()
+
+    @cached_property
+    def _firsts(self) -> Tensor:
+        """Of every row the first sequence, and of what would come next: int64 [N + 1]."""
+        if self.options is None:
+            return torch.arange(len(self.starts))
+        return torch.nn.functional.pad(self.options.cumsum(0), (1, 0))
 
     def batch(self, rows: Sequence[int], packed: bool = True, pad_id: int = 0) -> Batch:
         """The rows `rows`, packed or padded with `pad_id` to the longest."""
-        choices = self.choices or 1
-        sequences = [row * choices + option for row in rows for option in range(choices)]
+        firsts = self._firsts
+        sequences = [i for row in rows for i in range(int(firsts[row]), int(firsts[row + 1]))]
+        options = None if self.options is None else tuple(self.options[list(rows)].tolist())
         ids = [self.tokens[self.starts[i] : self.starts[i + 1]] for i in sequences]
         types = [
             torch.arange(len(x)) >= self.seconds[i] for x, i in zip(ids, sequences, strict=True)
@@ -120,7 +130,7 @@ class Features:
                 None,
                 cu_seqlens,
                 max_seqlen,
-                self.choices,
+                options,
                 self._targets(rows, first.tolist()),
             )
         length = max(map(len, ids))
@@ -132,7 +142,7 @@ class Features:
         sizes = torch.tensor([len(tokens) for tokens in ids])
         mask = torch.arange(length) < sizes.unsqueeze(1)
         targets = self._targets(rows, [i * length for i in range(len(ids))])
-        return Batch(input_ids, token_type_ids, mask, None, None, self.choices, targets)
+        return Batch(input_ids, token_type_ids, mask, None, None, options, targets)
 
     def _targets(self, rows: Sequence[int], first: list[int]) -> dict[str, Tensor]:
         """The targets of `rows`; first: where among the batch's tokens each of them begins."""
@@ -201,22 +211,19 @@ def choices(
     """One sequence, [CLS] text [SEP] option [SEP], for each option of each question.
 
     Raises:
-        ValueError: questions with different numbers of options, or with none.
+        ValueError: a question without options.
     """
-    count = len(examples[0].options)
     sequences = []
     firsts = token_ids(tokenizer, [example.text for example in examples])
     options = token_ids(tokenizer, [option for e in examples for option in e.options])
     for number, (example, first) in enumerate(zip(examples, firsts, strict=True)):
-        if not len(example.options) == count > 0:
-            raise ValueError(
-                f"example {number + 1} ({example.id}) has {len(example.options)} options, the "
-                f"first one {count}: all must have as many"
-            )
-        for _ in range(count):
+        if not example.options:
+            raise ValueError(f"example {number + 1} ({example.id}) has no options")
+        for _ in example.options:
             sequences.append(framed(tokenizer, *truncate(first, next(options), max_length)))
     targets = {} if labels is None else {"labels": torch.tensor(labels)}
-    return Features.of(sequences, targets=targets, choices=count)
+    counts = torch.tensor([len(example.options) for example in examples])
+    return Features.of(sequences, targets=targets, options=counts)
 
 
 def sentences(

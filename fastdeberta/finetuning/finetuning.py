@@ -21,7 +21,7 @@ from .objectives import objective_for
 from .recipes import layer_groups
 from .settings import FinetuneSettings
 from .sift import SiFT
-from .spans import best_thresholds
+from .spans import THRESHOLD, best_thresholds
 from .tasks import Task
 
 # Passes of a SiFT step, forward and backward: clean, ascent, perturbed.
@@ -198,12 +198,18 @@ class Finetuning:
         elif self.task.head == "entity":
             spans = features.targets["entity_spans"]
             yield from ((logits[i, : len(spans[row])],) for i, row in enumerate(rows))
+        elif batch.options is not None:
+            yield from ((row[:count],) for row, count in zip(logits, batch.options, strict=True))
         else:
             yield from ((row,) for row in logits)
 
     def export(self, directory: Path) -> None:
-        """Writes `directory`/model with the tokenizer."""
+        """Writes `directory`/model with the tokenizer, and of SQuAD 2.0 the threshold."""
         target = directory / "model"
+        extra = self.classifier.config.extra
+        extra.pop(THRESHOLD, None)
+        if math.isfinite(self.threshold):
+            extra[THRESHOLD] = self.threshold
         target.mkdir(parents=True, exist_ok=True)
         self.classifier.save_pretrained(target)
         tokenizers.save(self.tokenizer, target)

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
+from torch.nn.utils.rnn import pad_sequence
 
 from ..models import Model
-from ..models.answers import wide
+from ..models.answers import MASKED, wide
 from ..models.encoded import ModelOutput
 from .features import Batch
 
@@ -30,9 +31,9 @@ class Objective(nn.Module):
         return self.losses(batch, self.outputs(batch))
 
     def outputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """The logits of one pass: sequence [B, classes], regression [B, 1]; choice [B, options];
-        tagging [scored tokens, classes]; spans two [B, L], and answerability [B] if the head has
-        it; entities [B, E]."""
+        """The logits of one pass: sequence [B, classes], regression [B, 1]; choice [B, most
+        options]; tagging [scored tokens, classes]; spans two [B, L], and answerability [B] if the
+        head has it; entities [B, E]."""
         return (_given(self.run(batch).logits),)
 
     def losses(self, batch: Batch, outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -56,15 +57,23 @@ class Objective(nn.Module):
             self._grid(batch.token_type_ids, batch) if typed else None,
             cu_seqlens=batch.cu_seqlens,
             max_seqlen=batch.max_seqlen,
-            num_choices=batch.num_choices,
+            num_choices=None if batch.options is None else 1,
             **more,
         )
 
     def _grid(self, x: Tensor, batch: Batch) -> Tensor:
-        """A choice head takes padded sequences as [B, options, L]."""
-        if batch.cu_seqlens is not None or batch.num_choices is None:
-            return x
-        return x.unflatten(0, (-1, batch.num_choices))
+        """A choice head takes padded sequences as [B, options, L]: here each as a question."""
+        return x if batch.cu_seqlens is not None or batch.options is None else x.unsqueeze(1)
+
+
+class ChoiceObjective(Objective):
+    """Cross entropy of every question's right option. Where it has fewer options than another of
+    the batch, the rest of its logits say that there is none."""
+
+    def outputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        assert batch.options is not None
+        logits = _given(self.run(batch).logits).squeeze(-1).split(batch.options)
+        return (pad_sequence(logits, batch_first=True, padding_value=MASKED),)
 
 
 class TaggingObjective(Objective):
@@ -121,7 +130,7 @@ class EntityObjective(Objective):
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "sequence": Objective,
-    "choice": Objective,
+    "choice": ChoiceObjective,
     "token": TaggingObjective,
     "span": SpanObjective,
     "entity": EntityObjective,

@@ -12,12 +12,13 @@ import torch
 
 from .. import tokenizer as tokenizers
 from ..models import Config, Model, ModelOutput, from_pretrained, layouts
+from ..models.checkpoint import local_directory
 from ..models.encoded import SpanBeam
 from ..training.distributed import to_device
 from .examples import ChoiceExample, SpanExample, TaggedExample, TextExample
 from .features import Batch, Features, batches, framed, sentences, token_ids, truncate
 from .objectives import objective_for
-from .spans import SpanDecoder
+from .spans import THRESHOLD, SpanDecoder
 from .windows import windows
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -233,7 +234,8 @@ class ChoicePredictor(Predictor):
 
     def results(self, examples: Sequence[ChoiceExample]) -> Iterator[dict[str, Any]]:
         features, cut = self.framed([(e.text, option) for e in examples for option in e.options])
-        features = replace(features, choices=1)  # Questions may have any number of options.
+        # Each as a question with one option, so that batches need not hold whole ones.
+        features = replace(features, options=torch.ones(len(features), dtype=torch.long))
         logits = torch.empty(len(features))
         for rows, _, output in self.run(features):
             assert output.logits is not None
@@ -255,7 +257,8 @@ class SpanPredictor(Predictor):
 
     A text that is too long is read in overlapping windows, and none of it is left out. The higher
     no_answer is, the less the text seems to hold an answer (see SpanPrediction); there is no such
-    key where the head does not judge it. A text without words has the answer "".
+    key where the head does not judge it. Above the config's no_answer_threshold, which a model that
+    was fine-tuned for SQuAD 2.0 has, the answer is "", as is that of a text without words.
     """
 
     TEXT = ("text", "context")
@@ -280,11 +283,12 @@ class SpanPredictor(Predictor):
                 if not finite:
                     broken.add(window.example)
         predictions = decoder.predictions([example.text for example in examples])
+        threshold = self.model.config.extra.get(THRESHOLD, math.inf)
         for i, prediction in enumerate(predictions):
             result: dict[str, Any] = {"answer": "", "start": 0, "end": 0, "score": 0.0}
             if i in broken:
                 result["score"] = math.nan
-            elif prediction.spans:
+            elif prediction.answer(threshold):
                 best = prediction.spans[0]
                 score = _short(best.probability)
                 result = {"answer": best.text, "start": best.start, "end": best.end, "score": score}
@@ -302,7 +306,7 @@ PREDICTORS: dict[str, type[Predictor]] = {
 
 
 def load(
-    directory: str | Path,
+    path_or_hub_id: str | Path,
     head: str | None = None,
     precision: str = "fp32",
     device: str | None = None,
@@ -318,11 +322,9 @@ def load(
         options: see Predictor.
 
     Raises:
-        FileNotFoundError, ValueError: no such directory, no known head in it, damaged files.
+        FileNotFoundError, ValueError: no such checkpoint, no known head in it, damaged files.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise FileNotFoundError(f"no model directory at {directory}")
+    directory = local_directory(path_or_hub_id)
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
     known = ", ".join(PREDICTORS)

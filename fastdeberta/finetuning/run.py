@@ -14,6 +14,7 @@ import torch
 from .. import tokenizer as tokenizers
 from ..files import write_atomically
 from ..models import Model, from_pretrained
+from ..models.checkpoint import local_directory
 from ..models.encoder import initialize
 from ..training.distributed import is_main, resolve_device
 from ..training.reporting import NoProgress, Progress
@@ -138,7 +139,7 @@ def _train(
     task: Task, data: Data, settings: FinetuneSettings, progress: Progress | None
 ) -> Outcome:
     """One run."""
-    tokenizer = tokenizers.load(settings.model)
+    tokenizer = tokenizers.load(local_directory(settings.model))
     torch.manual_seed(settings.seed)  # A new head's weights.
     model = load_model(settings, task, data.names)
     encoded = partial(encode, task.head, tokenizer, names=data.names, settings=settings)
@@ -206,9 +207,9 @@ def _seeds(
     summary["parameters"] = results[0]["parameters"]
     kept = output / f"seed-{settings.seed + chosen}"
     judge = _judge(task, data, replace(settings, model=str(kept / "model")))
-    judge.export(output)
     tests = {name: judge.dev.pop(name) for name in data.test}
     judge.judge({name: outcomes[chosen].outputs[name] for name in judge.dev})
+    judge.export(output)
     _write_predictions(judge, tests, outcomes[chosen].outputs, output)
     summary |= {k: v for k, v in judge.scores.items() if isinstance(v, list)}
     averaged = average([outcome.outputs for outcome in outcomes])
@@ -274,7 +275,7 @@ def _judge(task: Task, data: Data, settings: FinetuneSettings, trained: bool = F
     Raises:
         ValueError: trained, and the model's classes are not the task's.
     """
-    tokenizer = tokenizers.load(settings.model)
+    tokenizer = tokenizers.load(local_directory(settings.model))
     if trained and task.head in ("sequence", "token"):
         own = list(config_of(settings.model).id2label.values())
         if own != (data.names or ["LABEL_0"]):

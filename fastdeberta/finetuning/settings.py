@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ..models import Config, from_pretrained
+from ..models.checkpoint import local_directory
 from ..models.config import SPAN_HEADS
 from ..training.settings import TrainSettings, apply_overrides, build
 from . import tasks
@@ -153,12 +153,11 @@ def find_task(settings: FinetuneSettings) -> tasks.Task:
 
 def config_of(model: str) -> Config:
     """A checkpoint's config, without its weights where its config.json says enough."""
-    if Path(model).is_dir():
-        try:
-            return Config.load(model)
-        except (FileNotFoundError, ValueError):  # Another layout's.
-            pass
-    return from_pretrained(model).config
+    directory = local_directory(model)
+    try:
+        return Config.load(directory)
+    except (FileNotFoundError, ValueError):  # Another layout's.
+        return from_pretrained(directory).config
 
 
 def position_limit(config: Config) -> int | None:

@@ -14,6 +14,9 @@ from torch.nn.functional import pad
 from ..models.encoded import ModelOutput, SpanBeam
 from .metrics import answer_scores
 
+# In config.json: of a fine-tuned model the no_answer above which a question has none.
+THRESHOLD = "no_answer_threshold"
+
 
 @dataclass(frozen=True)
 class Window:

@@ -108,7 +108,7 @@ def from_pretrained(
     unknown = set(changes) - set(Config.__dataclass_fields__)
     if unknown:
         raise ValueError(f"config has no field {sorted(unknown)[0]!r}")
-    directory = _directory(path_or_hub_id, weights, generator)
+    directory = local_directory(path_or_hub_id, weights, generator)
     values = _config_values(directory, weights)
     source = find_weights(directory, weights)
     tensors = read_weights(source)
@@ -199,9 +199,15 @@ def write_config(model: Model, directory: Path) -> None:
     write_atomically(directory / _CONFIG, text + "\n")
 
 
-def _directory(
-    path_or_hub_id: str | Path, weights: str | None, generator: str | Path | None
+def local_directory(
+    path_or_hub_id: str | Path, weights: str | None = None, generator: str | Path | None = None
 ) -> Path:
+    """A checkpoint's directory; of a hub repository, what `from_pretrained` and the tokenizer need
+    is downloaded where the hub's cache lacks it.
+
+    Raises:
+        FileNotFoundError: no such directory and no such repository.
+    """
     path = Path(path_or_hub_id)
     if path.is_dir():
         return path

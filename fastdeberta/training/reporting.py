@@ -127,9 +127,7 @@ class PlainProgress:
         self._said = now
         rate = (step - self._first) / max(now - self._started, 1e-9)
         left = (self._steps - step) / max(rate, 1e-9)
-        self.say(
-            f"{self._title} {step}/{self._steps}  {rate:.1f} steps/s  {_clock(left)} left  {note}"
-        )
+        self.say(f"{self._title} {step}/{self._steps}  {rate:.1f}/s  {_clock(left)} left  {note}")
 
     def say(self, line: str) -> None:
         print(line, flush=True)
@@ -159,7 +157,7 @@ class BarProgress:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]:.1f} steps/s"),
+            TextColumn("{task.fields[rate]:.1f}/s"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=self._console,
