@@ -132,6 +132,8 @@ def test_report_of_what_there_is(tmp_path):
     leave_run(tmp_path, 9, probabilities=False)
     assert len(images(write_report(tmp_path))) == 2
     (tmp_path / "predictions.jsonl").write_text('{"label": 1.5, "prediction": 2.0}\n')
+    assert len(images(write_report(tmp_path))) == 2
+    (tmp_path / "predictions.jsonl").write_text('{"label": 1, "prediction": 2}\n')  # Of a choice.
     assert len(images(write_report(tmp_path))) == 1
     (tmp_path / "metrics.jsonl").unlink()
     assert len(images(write_report(tmp_path))) == 0
@@ -156,9 +158,29 @@ def test_read_predictions(tmp_path):
     assert read_predictions(path).names == ["a", "b"]
 
 
+def test_tags_and_numbers(tmp_path, monkeypatch):
+    path, drawn = tmp_path / "predictions.jsonl", []
+    monkeypatch.setattr(report, "png", lambda figure: drawn.append(figure) or "")
+    (tmp_path / "metrics.json").write_text('{"step": 1}')
+    path.write_text(
+        '{"label": ["N", "V"], "prediction": ["N", "N"]}\n{"label": [], "prediction": []}\n'
+        '{"label": ["D"], "prediction": ["D"]}\n'
+    )
+    read = read_predictions(path)
+    assert read.names == ["D", "N", "V"] and read.probabilities is None
+    assert read.labels.tolist() == [1, 2, 0] and read.predictions.tolist() == [1, 1, 0]
+    path.write_text('{"label": 1.0, "prediction": 2.5}\n{"label": 3.0, "prediction": 0.5}\n')
+    assert read_predictions(path) is None
+    write_report(tmp_path)
+    dots, errors = drawn[0].axes
+    assert dots.collections[0].get_offsets().tolist() == [[1.0, 2.5], [3.0, 0.5]]
+    assert sum(bar.get_height() for bar in errors.patches) == 2
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ('{"label": ["a"], "prediction": []}', "line 2: 1 tags in label, 0 in prediction"),
         ("{", "line 2: not JSON"),
         ("[]", "line 2: expected a JSON object"),
         ('{"label": "a", "prediction": "a", "probabilities": {"a": 1}}', "must be of a, b, which"),

@@ -2,9 +2,9 @@
 
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -30,8 +30,9 @@ def write_report(output: str | Path, title: str = "fastdeberta fine-tuning") -> 
     """Writes output/report.html, one self-contained file, from what the run left there.
 
     metrics.jsonl gives the learning curves, the numbers of metrics.json a table, and
-    predictions.jsonl the confusion matrix and, where its lines have `probabilities`, the
-    calibration plot; what is missing is left out (see read_predictions).
+    predictions.jsonl the confusion matrix (of tags, too) and, where its lines have `probabilities`,
+    the calibration plot, or of a regression its numbers; what is missing is left out (see
+    read_predictions).
 
     Returns:
         The file's path.
@@ -49,9 +50,12 @@ def write_report(output: str | Path, title: str = "fastdeberta fine-tuning") -> 
     figures = []
     if curves:
         figures.append(("Learning curves", _learning_curves(curves)))
-    predicted = None
+    predicted, numbers = None, []
     if (output / PREDICTIONS).is_file():
         predicted = read_predictions(output / PREDICTIONS)
+        numbers = read_numbers(output / PREDICTIONS)
+    if numbers:
+        figures.append(("Predictions", _scatter(numbers)))
     if predicted is not None:
         figures.append(("Confusion matrix", _confusion(predicted)))
         if predicted.probabilities is not None:
@@ -64,25 +68,35 @@ def write_report(output: str | Path, title: str = "fastdeberta fine-tuning") -> 
 def read_predictions(path: Path) -> Predicted | None:
     """The classes that predictions.jsonl says; None where it has no line with a class.
 
-    A line holds `label` and `prediction`, both the name of a class, and may hold `probabilities`,
-    an object of every class's name and probability. Lines without a label (or with a number or a
-    list, of other tasks) are passed over. Probabilities count where all lines have them.
+    A line holds `label` and `prediction`, both the name of a class or, of a sentence, both a list
+    of its words' tags; and may hold `probabilities`, an object of every class's name and
+    probability. Lines without a label (or of other tasks) are passed over. Probabilities count
+    where all lines have them.
 
     Raises:
-        ValueError: a line is no JSON object, or its probabilities are not of the first line's
-            classes.
+        ValueError: a line is no JSON object, lists of tags differ in length, or its probabilities
+            are not of the first line's classes.
     """
-    rows = []
-    for number, line in read_lines(path):
-        row = json_object(line, f"{path}, line {number}")
-        if isinstance(row.get("label"), str) and isinstance(row.get("prediction"), str):
+    rows: list[tuple[int, dict[str, Any]]] = []
+    pairs: list[tuple[str, str]] = []
+    for number, row in _lines(path):
+        label, prediction = row.get("label"), row.get("prediction")
+        if isinstance(label, str) and isinstance(prediction, str):
             rows.append((number, row))
-    if not rows:
+            pairs.append((label, prediction))
+        elif _tags(label) and _tags(prediction):
+            if len(label) != len(prediction):
+                raise ValueError(
+                    f"{path}, line {number}: {len(label)} tags in label, "
+                    f"{len(prediction)} in prediction"
+                )
+            pairs += zip(label, prediction, strict=True)
+    if not pairs:
         return None
-    first = rows[0][1].get("probabilities")
-    names = sorted({row[key] for _, row in rows for key in ("label", "prediction")})
+    names = sorted({name for pair in pairs for name in pair})
     probabilities = None
-    if first is not None and all("probabilities" in row for _, row in rows):
+    if len(rows) == len(pairs) and all("probabilities" in row for _, row in rows):
+        first = rows[0][1]["probabilities"]
         for number, row in rows:
             if not {row["label"], row["prediction"]} <= first.keys() == row["probabilities"].keys():
                 raise ValueError(
@@ -93,9 +107,28 @@ def read_predictions(path: Path) -> Predicted | None:
         probabilities = np.array([[row["probabilities"][n] for n in names] for _, row in rows])
     index = {name: i for i, name in enumerate(names)}
     labels, predictions = (
-        np.array([index[row[key]] for _, row in rows]) for key in ("label", "prediction")
+        np.array([index[name] for name in side]) for side in zip(*pairs, strict=True)
     )
     return Predicted(names, labels, predictions, probabilities)
+
+
+def read_numbers(path: Path) -> list[tuple[float, float]]:
+    """Of a regression's predictions.jsonl each line's `label` and `prediction`.
+
+    Raises:
+        ValueError: a line is no JSON object.
+    """
+    pairs = ((row.get("label"), row.get("prediction")) for _, row in _lines(path))
+    return [(x, y) for x, y in pairs if isinstance(x, float) and isinstance(y, float)]
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in read_lines(path):
+        yield number, json_object(line, f"{path}, line {number}")
+
+
+def _tags(value: Any) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(tag, str) for tag in value)
 
 
 class Calibration(NamedTuple):
@@ -168,6 +201,18 @@ def _confusion(predicted: Predicted) -> Any:
     draw_confusion(axes, matrix.tolist(), names)
     accuracy = (predicted.labels == predicted.predictions).mean()
     axes.set(title=f"accuracy {accuracy:.1%}", ylabel="label")
+    return drawn
+
+
+def _scatter(numbers: list[tuple[float, float]]) -> Any:
+    drawn, axes = figure(2)
+    labels, predictions = np.array(numbers).T
+    ends = [float(labels.min()), float(labels.max())]
+    axes[0].scatter(labels, predictions, s=4, alpha=0.4)
+    axes[0].plot(ends, ends, linestyle="--", color="gray")
+    axes[0].set(title="predictions", xlabel="label", ylabel="prediction")
+    axes[1].hist(predictions - labels, bins=40, edgecolor="white")
+    axes[1].set(title="errors", xlabel="prediction - label", ylabel="examples")
     return drawn
 
 
