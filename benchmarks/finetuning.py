@@ -61,8 +61,8 @@ RECIPES = {
     "cola": Recipe("sequence", "matthews", 3, 128, ("--task", "cola")),
     "rte": Recipe("sequence", "accuracy", 4, 128, ("--task", "rte")),
     "stsb": Recipe("sequence", "pearson_spearman", 2, 128, ("--task", "stsb")),
-    "topics": Recipe("sequence", "accuracy", 1, 48, ("--task", "classification")),
-    "xquad": Recipe("span", "f1", 3, 384, ("--task-file", "task.yaml"), batch_size=16),
+    "topics": Recipe("sequence", "accuracy", 1, 32, ("--task", "classification")),
+    "xquad": Recipe("span", "f1", 2, 384, ("--task-file", "task.yaml"), batch_size=16),
     "upos": Recipe("token", "tag_accuracy", 3, 128, ("--task", "upos")),
 }
 # Of the sources' columns in GLUE's files: text, pair, label.
