@@ -71,6 +71,7 @@ class Inference:
         mask: Tensor | None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        rows: Tensor | None = None,
     ) -> Sequence[Tensor] | None:
         """The embeddings and every layer's output, or None where the modules must run.
 
@@ -86,10 +87,12 @@ class Inference:
             table: gives the relative table, [2 * span, hidden] or None.
             x: [B, L, hidden]; or packed [T, hidden] with `cu_seqlens`.
             mask: [B, L] (or [T]), nonzero = a token to attend to; None: all are.
+            rows: int64 [N], tokens of the flattened batch: only the last layer's output of these
+                is returned.
 
         Returns:
             States like x. Rows that the mask of a padded batch leaves out are zeros, except in
-            the embeddings, which are x itself.
+            the embeddings, which are x itself. With `rows`: one state, [N, hidden].
         """
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
@@ -107,26 +110,33 @@ class Inference:
             return None
         packing = Packing.of(mask) if cu_seqlens is None else None
         if packing is not None:
-            rows = packing.pack(x)
+            packed = packing.pack(x)
             tokens = _Tokens(
-                rows.shape[:-1], packing.key_mask, packing.cu_seqlens, packing.max_seqlen
+                packed.shape[:-1], packing.key_mask, packing.cu_seqlens, packing.max_seqlen
             )
         else:
-            rows = x.flatten(0, -2)
+            packed = x.flatten(0, -2)
             tokens = _Tokens(
                 x.shape[:-1], None if cu_seqlens is None else mask, cu_seqlens, max_seqlen
             )
         conv = getattr(encoder, "conv", None)
+        # The convolution reads every token's output of the first layer.
+        early = rows is not None and packing is None and (conv is None or len(layers) > 1)
         states: list[Tensor] = []
         for layer in layers:
-            if len(rows):
-                rows = layer(rows, tokens)
+            if len(packed):
+                last = len(states) == len(layers) - 1
+                packed = layer(packed, tokens, rows if early and last else None)
             if conv is not None and not states:
-                rows = _convolved(conv, x, rows, mask, packing, cu_seqlens)
-            states.append(rows)
+                packed = _convolved(conv, x, packed, mask, packing, cu_seqlens)
+            states.append(packed)
+        if early:
+            return states[-1:]
         if packing is not None:
-            return PaddedStates(states, packing, first=x)
-        return [x, *(rows.view(x.shape) for rows in states)]
+            whole: Sequence[Tensor] = PaddedStates(states, packing, first=x)
+        else:
+            whole = [x, *(state.view(x.shape) for state in states)]
+        return whole if rows is None else [whole[-1].flatten(0, -2).index_select(0, rows)]
 
     def _layers(
         self, encoder: Any, table: Callable[[], Tensor | None], dtype: torch.dtype
@@ -150,17 +160,17 @@ class Inference:
 def _convolved(
     conv: Any,
     x: Tensor,
-    rows: Tensor,
+    packed: Tensor,
     mask: Tensor | None,
     packing: Packing | None,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
     """The first layer's output [T, hidden] after the convolution, which reads the embeddings x."""
     if packing is not None:
-        return packing.pack(conv(x, packing.pad(rows), mask))
+        return packing.pack(conv(x, packing.pad(packed), mask))
     if cu_seqlens is not None:  # Only our own convolution meets packed sequences.
-        return conv(x, rows, mask, cu_seqlens)
-    return conv(x, rows.view(x.shape), mask).flatten(0, -2)
+        return conv(x, packed, mask, cu_seqlens)
+    return conv(x, packed.view(x.shape), mask).flatten(0, -2)
 
 
 class PackedLinear:
@@ -203,7 +213,7 @@ class PackedLinear:
 
 
 class _Layer:
-    """One transformer layer on packed rows [T, hidden]."""
+    """One transformer layer on packed rows [T, hidden]; with `rows`, what of it they need."""
 
     def __init__(self, layer: Any, table: Tensor | None):
         attention = self.attention = layer.attention.self
@@ -220,7 +230,7 @@ class _Layer:
         self.down = _linear(layer.output.dense)
         self.norm = layer.output.LayerNorm
 
-    def __call__(self, x: Tensor, tokens: "_Tokens") -> Tensor:
+    def __call__(self, x: Tensor, tokens: "_Tokens", rows: Tensor | None = None) -> Tensor:
         qkv = self.qkv(x).view(*tokens.shape, *self.heads)
         query, key, value = qkv.unbind(-3)
         context: Any = disentangled_attention(
@@ -236,7 +246,10 @@ class _Layer:
             softmax_scale=self.softmax_scale,
             backend=self.attention.backend,
         )
-        x = _normalized(self.context(context.view(x.size(0), -1)).add_(x), self.attention_norm)
+        context = context.view(x.size(0), -1)
+        if rows is not None:
+            context, x = context.index_select(0, rows), x.index_select(0, rows)
+        x = _normalized(self.context(context).add_(x), self.attention_norm)
         return _normalized(self.down(self.up(x)).add_(x), self.norm)
 
 

@@ -58,6 +58,7 @@ class Objective(nn.Module):
             cu_seqlens=batch.cu_seqlens,
             max_seqlen=batch.max_seqlen,
             num_choices=None if batch.options is None else 1,
+            first_only=self.model.head_name in ("sequence", "choice"),
             **more,
         )
 

@@ -30,7 +30,7 @@ class ModelOutput:
 
     last_hidden_state: [B, L, hidden] or packed [T, hidden]; rows of padding are zeros where the
         model left padding out, and hold no meaning elsewhere. With an enhanced mask decoder: its
-        output.
+        output. With first_only: [B, hidden].
     logits: mlm, causal [B, L, vocab]; rtd [B, L]; sequence [B, num_labels]; token [B, L,
         num_labels]; choice [B, C]; entity [B, E].
     loss: scalar, when labels were given.
@@ -57,9 +57,10 @@ class ModelOutput:
 class Encoded:
     """What a head reads: a batch after the encoder.
 
-    hidden: [B, L, hidden] or packed [T, hidden]. mask: [B, L], [T] or None. table: the token
-    embeddings [vocab, embedding_size]. choices: rows of one question follow one another, so many.
-    max_seqlen, token_type_ids, answer_mask, entity_spans: see Model.forward.
+    hidden: [B, L, hidden] or packed [T, hidden]; or, without cu_seqlens, [B, hidden], each
+    sequence's first token alone. mask: [B, L], [T] or None. table: the token embeddings [vocab,
+    embedding_size]. choices: rows of one question follow one another, so many. max_seqlen,
+    token_type_ids, answer_mask, entity_spans: see Model.forward.
     """
 
     hidden: Tensor
@@ -77,6 +78,8 @@ class Encoded:
         """Each sequence's first token, [B, hidden], also behind padding on the left."""
         if self.cu_seqlens is not None:
             return self.hidden[self.cu_seqlens[:-1].long()]
+        if self.hidden.dim() == 2:
+            return self.hidden
         if self.mask is None:
             return self.hidden[:, 0]
         row = torch.arange(self.hidden.size(0), device=self.hidden.device)

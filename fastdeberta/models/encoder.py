@@ -258,10 +258,10 @@ class Encoder(nn.Module):
         plain = not causal and attentions is None
         if self.inference is not None and plain:
             inferred = self.inference.run(
-                self, self.relative_table, x, mask, cu_seqlens, max_seqlen
+                self, self.relative_table, x, mask, cu_seqlens, max_seqlen, rows
             )
             if inferred is not None:
-                return inferred if rows is None else [_choose(inferred[-1], rows)]
+                return inferred
         attention = self.attention_arguments(mask, cu_seqlens, max_seqlen, causal)
         states, whole = [x], True
         for i, layer in enumerate(self.layer[:num_layers]):

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from . import generation
@@ -63,6 +64,7 @@ class Model(nn.Module):
         entity_spans: Tensor | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        first_only: bool = False,
     ) -> ModelOutput:
         """Runs the model.
 
@@ -86,6 +88,8 @@ class Model(nn.Module):
             entity_spans: entity: int64 [B, E, 2], each entity's first token and the one after its
                 last. Spans without a token, such as (-1, -1), are padding.
             output_attentions: also return probabilities; holds [B, H, L, L] for every layer.
+            first_only: sequence, choice: of the last layer finish each sequence's first token,
+                which is all that these heads read. No sequence may be empty.
 
         Raises:
             ValueError: ids outside the vocabulary, too long a sequence, wrong combination.
@@ -105,6 +109,16 @@ class Model(nn.Module):
                 None if x is None else x.flatten(0, 1)
                 for x in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
             )
+        rows = None
+        if first_only:
+            if self.head_name not in ("sequence", "choice") or output_hidden_states:
+                raise ValueError(
+                    "first_only is for the heads sequence and choice, without "
+                    f"output_hidden_states; the head is {self.head_name!r}"
+                )
+            given = input_ids if inputs_embeds is None else inputs_embeds
+            if given is not None:
+                rows = _first_rows(given, attention_mask, cu_seqlens)
         attentions: list[Tensor] | None = [] if output_attentions else None
         states = self.backbone(
             input_ids,
@@ -116,6 +130,7 @@ class Model(nn.Module):
             max_seqlen,
             causal,
             attentions,
+            rows,
         )
         output = ModelOutput(
             states[-1],
@@ -128,7 +143,7 @@ class Model(nn.Module):
                 states[-1],
                 table,
                 attention_mask,
-                cu_seqlens,
+                cu_seqlens if rows is None else None,
                 num_choices,
                 max_seqlen,
                 token_type_ids,
@@ -159,3 +174,11 @@ class Model(nn.Module):
         from .checkpoint import save
 
         save(self, directory, max_shard_size)
+
+
+def _first_rows(given: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Of the flattened batch each sequence's first token, int64 [B]."""
+    if cu_seqlens is not None:
+        return cu_seqlens[:-1].long()
+    starts = torch.arange(len(given), device=given.device) * given.size(1)
+    return starts if mask is None else starts + mask.bool().int().argmax(1)
