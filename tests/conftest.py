@@ -115,3 +115,17 @@ def backend(request) -> str:
 def device(backend) -> str:
     """Where a backend's tensors live; under its interpreter, Triton takes those of the CPU."""
     return _device(backend)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Untrained checkpoints and labelled texts, see finetuned.write_files."""
+    from finetuned import write_files
+
+    return write_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    """Fine-tuning leaves no report.html: plots take longer than tiny runs."""
+    monkeypatch.setattr("fastdeberta.finetuning.run.write_report", lambda output: None)

@@ -6,7 +6,7 @@ import huggingface_hub
 import pytest
 import tiny
 import torch
-from finetuned import finetuning_of, lines_of, settings_of, write_data, write_files
+from finetuned import finetuning_of, lines_of, settings_of, write_data
 
 from fastdeberta import cli
 from fastdeberta import tokenizer as tokenizers
@@ -24,16 +24,7 @@ from fastdeberta.training.draws import Draws
 from fastdeberta.training.reporting import read_metrics
 from fastdeberta.training.settings import build
 
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return write_files(tmp_path_factory.mktemp("files"))
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    """Plots take longer than tiny runs."""
-    monkeypatch.setattr("fastdeberta.finetuning.run.write_report", lambda output: None)
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 @pytest.mark.parametrize("name", ["model", "electra"])

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from finetuned import settings_of, write_files
+from finetuned import settings_of
 
 from benchmarks import finetuning as comparison
 from fastdeberta import tokenizer as tokenizers
@@ -21,14 +21,7 @@ NAMES = ["forest", "sea"]
 STEPS, WARMUP, BATCH = 15, 3, 8  # One epoch of the 120 texts.
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return write_files(tmp_path_factory.mktemp("files"))
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    monkeypatch.setattr("fastdeberta.finetuning.run.write_report", lambda output: None)
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 def plain_loop(directory, settings):

@@ -7,7 +7,7 @@ import statistics
 import pytest
 import tiny
 import torch
-from finetuned import finetuning_of, lines_of, settings_of, write_files
+from finetuned import finetuning_of, lines_of, settings_of
 
 from fastdeberta import tokenizer as tokenizers
 from fastdeberta.finetuning.examples import TextExample
@@ -18,16 +18,7 @@ from fastdeberta.models import Config, Model, from_pretrained
 from fastdeberta.training.reporting import read_metrics
 from fastdeberta.training.trainer import Interrupted, Trainer
 
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return write_files(tmp_path_factory.mktemp("files"))
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    """Plots take longer than tiny runs."""
-    monkeypatch.setattr("fastdeberta.finetuning.run.write_report", lambda output: None)
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 def test_the_same_seed_gives_the_same_run(files, tmp_path):
