@@ -183,3 +183,6 @@ def test_errors_of_ensembles(files, tmp_path):
         finetune(settings)
     settings.ensemble = [sea, sea]
     assert finetune(settings)["models"] == 2
+    settings.backend = "unknown"
+    with pytest.raises(ValueError, match="backend must be one of"):
+        finetune(settings)

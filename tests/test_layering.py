@@ -38,7 +38,7 @@ MAY_IMPORT = dict.fromkeys(LEAVES, set[str]()) | {
     "models": {"attention", "cache", "files", "inference", "op", "packing", "relative_position"},
     "training": {"attention", "files", "models"},
     "pretraining": {"datasets", "files", "models", "packing", "tokenizer", "training"},
-    "finetuning": {"figures", "files", "models", "packing", "tokenizer", "training"},
+    "finetuning": {"attention", "figures", "files", "models", "packing", "tokenizer", "training"},
 }
 # What a command does on its own may use every part above; the command line calls them all.
 MAY_IMPORT |= {

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import tokenizer as tokenizers
+from ..attention import set_backend
 from ..files import write_atomically
 from ..models import Model, from_pretrained
 from ..models.checkpoint import local_directory
@@ -284,7 +285,7 @@ def _judge(task: Task, data: Data, settings: FinetuneSettings, trained: bool = F
                 f"the task's are {', '.join(data.names) or 'numbers'}"
             )
     model = load_model(replace(settings, reinit_layers=0), task, data.names)
-    model.to(resolve_device(settings.device))
+    set_backend(model.to(resolve_device(settings.device)), settings.backend)
     splits = {
         name: Split(
             examples, encode(task.head, tokenizer, examples, data.names, settings, False, name)
