@@ -130,7 +130,7 @@ def test_predict(race, benchmark, checkpoint, device, dtype: str, model) -> None
         for size in PIPELINE_BATCHES
     }
     medians = race(
-        rivals, tolerance=TOLERANCE[dtype], **pace(device, seconds=20.0, least=5, rest=0.05)
+        rivals, tolerance=TOLERANCE[dtype], **pace(device, seconds=20.0, least=3, rest=0.05)
     )
     rates = {name: round(COUNT / (median / 1e3), 1) for name, median in medians.items()}
     benchmark.extra_info["texts_per_second"] = rates
