@@ -129,3 +129,19 @@ def files(tmp_path_factory):
 def no_report(monkeypatch):
     """Fine-tuning leaves no report.html: plots take longer than tiny runs."""
     monkeypatch.setattr("fastdeberta.finetuning.run.write_report", lambda output: None)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A classifier of random weights, see predicted.save."""
+    from predicted import save
+
+    return save(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def predictor(checkpoint):
+    """What predicts with it, in small batches."""
+    from fastdeberta.finetuning.predictors import load
+
+    return load(checkpoint, device="cpu", tokens=64)

@@ -19,16 +19,6 @@ from fastdeberta.finetuning.predict import predict
 from fastdeberta.finetuning.predictors import load
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def predictor(checkpoint):
-    return load(checkpoint, device="cpu", tokens=64)
-
-
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
     monkeypatch.setattr(prediction, "_WINDOW_LINES", 7)

@@ -12,16 +12,6 @@ from fastdeberta.finetuning.predictors import load
 from fastdeberta.models import Model
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def predictor(checkpoint):
-    return load(checkpoint, device="cpu", tokens=64)
-
-
 def of(result, *names):
     return {name: result[name] for name in names}
 

@@ -53,7 +53,7 @@ def write_report(output: str | Path, title: str = "fastdeberta fine-tuning") -> 
     predicted, numbers = None, []
     if (output / PREDICTIONS).is_file():
         predicted = read_predictions(output / PREDICTIONS)
-        numbers = read_numbers(output / PREDICTIONS)
+        numbers = [] if predicted else read_numbers(output / PREDICTIONS)
     if numbers:
         figures.append(("Predictions", _scatter(numbers)))
     if predicted is not None:

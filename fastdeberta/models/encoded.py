@@ -90,7 +90,7 @@ class Encoded:
         """Where each row's first token stands, int64 [B]; of a padded batch."""
         if self.mask is None:
             return self.hidden.new_zeros(self.hidden.size(0), dtype=torch.long)
-        return self.mask.bool().int().argmax(1)
+        return first_places(self.mask)
 
     @property
     def first_of_each(self) -> Tensor:
@@ -98,6 +98,11 @@ class Encoded:
         if self.cu_seqlens is None:
             return self.first.unsqueeze(1)
         return self.first[sequence_of(self.cu_seqlens, self.hidden.size(0))]
+
+
+def first_places(mask: Tensor) -> Tensor:
+    """[B, L], nonzero = a real token -> where each row's first one stands, int64 [B]."""
+    return mask.bool().int().argmax(1)
 
 
 @dataclass

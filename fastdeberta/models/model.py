@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from . import generation
 from .config import Config
-from .encoded import Encoded, ModelOutput, Targets
+from .encoded import Encoded, ModelOutput, Targets, first_places
 from .encoder import Backbone, initialize
 from .heads import HEADS
 
@@ -181,4 +181,4 @@ def _first_rows(given: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -
     if cu_seqlens is not None:
         return cu_seqlens[:-1].long()
     starts = torch.arange(len(given), device=given.device) * given.size(1)
-    return starts if mask is None else starts + mask.bool().int().argmax(1)
+    return starts if mask is None else starts + first_places(mask)
